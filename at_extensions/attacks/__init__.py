@@ -1,0 +1,1 @@
+"""Attacks that torchattacks lacks, and the context in which attacks run."""

@@ -1,0 +1,237 @@
+"""Validation of what users pass in: each check raises one clear error that says what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+NORMS = ("Linf", "L2", "L1")
+"""Threat models, as AutoAttack and RobustBench spell them."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """Return the error for a name that is not in ``known``; it names the nearest ones.
+
+    Args:
+        kind: What is being named, such as ``"model"``.
+        name: What the user wrote.
+        known: Every name that would have been right.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    if not close:  # a case-insensitive second look: "PreActResNet18" is meant as "preact_resnet18"
+        folded = {k.lower().replace("_", "").replace("-", ""): k for k in known}
+        wanted = str(name).lower().replace("_", "").replace("-", "")
+        close = [folded[c] for c in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)]
+    if close:
+        hint = "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    else:
+        hint = f"known {kind}s: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return ``name`` if it is in ``known``.
+
+    Raises:
+        ValueError: It is not; the message names the nearest ones.
+    """
+    known = list(known)
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return name
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Return ``value`` if it is a finite number within the bounds that are given.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is outside the bounds or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    left = "(-inf" if above is None and at_least is None else f"({above:g}" if above is not None else f"[{at_least:g}"
+    right = "inf)" if below is None and at_most is None else f"{below:g})" if below is not None else f"{at_most:g}]"
+    fits = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+        and (at_most is None or value <= at_most)
+    )
+    if not fits:
+        raise ValueError(f"{name} must lie in {left}, {right}, got {value!r}")
+    return value
+
+
+def check_count(name: str, value: int, *, at_least: int = 1) -> int:
+    """Return ``value`` if it is a whole number of at least ``at_least``.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is smaller.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return value
+
+
+def check_norm(norm: str) -> str:
+    """Return ``norm`` if it is one of ``NORMS``.
+
+    Raises:
+        ValueError: It is not.
+    """
+    return check_name("norm", norm, NORMS)
+
+
+def check_eps(eps: float, norm: str = "Linf", *, name: str = "eps") -> float:
+    """Return the attack radius ``eps`` if images in [0, 1] can be attacked with it.
+
+    Args:
+        eps: Radius: in (0, 1] for Linf, any positive number for L2 and L1.
+        norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
+        name: How the error calls it.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is outside the range.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{name} must be a number such as 8/255, got {eps!r}")
+    if norm == "Linf":
+        if not 0 < eps <= 1:
+            hint = f"; did you mean {eps:g}/255?" if math.isfinite(eps) and 1 < eps <= 255 else ""
+            raise ValueError(f"{name} must lie in (0, 1] for images in [0, 1], got {eps:g}{hint}")
+    elif not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"{name} must be a positive number, got {eps:g}")
+    return float(eps)
+
+
+def parse_fraction(text: str | float) -> float:
+    """Return the number that ``"8/255"``, ``"0.5"`` or a plain number stands for.
+
+    Raises:
+        ValueError: The text is no number or fraction.
+    """
+    if isinstance(text, (int, float)):
+        return float(text)
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from error
+
+
+def check_images(images: Tensor, *, name: str = "images") -> Tensor:
+    """Return ``images`` if they are a non-empty float tensor (B, C, H, W) with values in [0, 1].
+
+    Raises:
+        TypeError: Not a floating-point tensor.
+        ValueError: Wrong number of dimensions, empty, not finite, or outside [0, 1].
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a torch tensor (B, C, H, W), got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"{name} must be floating point in [0, 1], got {images.dtype}; use {name}.float() / 255")
+    if images.ndim != 4:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(images.shape)}")
+    if images.numel() == 0:
+        raise ValueError(f"{name} are empty: shape {tuple(images.shape)}")
+    low, high = (v.item() for v in images.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} hold values that are not finite")
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name} must lie in [0, 1], got [{low:.4g}, {high:.4g}]; normalisation belongs inside the model "
+            "(create_model(..., mean=, std=)), not in the data"
+        )
+    return images
+
+
+def check_labels(labels: Tensor, num_classes: int | None = None, *, size: int | None = None) -> Tensor:
+    """Return ``labels`` if they are whole class numbers (B,) in [0, num_classes).
+
+    Args:
+        labels: Class numbers.
+        num_classes: Upper bound; not checked if None.
+        size: How many there must be; not checked if None.
+
+    Raises:
+        TypeError: Not an integer tensor.
+        ValueError: Wrong shape or a label out of range.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch tensor (B,), got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be class numbers of an integer dtype, got {labels.dtype}")
+    if labels.ndim != 1:
+        raise ValueError(f"labels must have shape (B,), got {tuple(labels.shape)}; one-hot labels are not supported")
+    if size is not None and len(labels) != size:
+        raise ValueError(f"got {len(labels)} labels for {size} images")
+    if len(labels):
+        low, high = (v.item() for v in labels.aminmax())
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            top = "" if num_classes is None else f" to {num_classes - 1}"
+            raise ValueError(f"labels must be class numbers from 0{top}, got {low} to {high}")
+    return labels
+
+
+def check_logits(logits: Tensor, batch: int, num_classes: int | None = None) -> Tensor:
+    """Return ``logits`` if a classifier made them: a float tensor (batch, K), K at least 2.
+
+    Raises:
+        TypeError: Not a floating-point tensor (a tuple or dict, say).
+        ValueError: Another shape.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"the model must return one tensor of logits (B, K), got {type(logits).__name__}")
+    if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must return logits (B, K) with one row an image and K at least 2; for {batch} images it "
+            f"returned {tuple(logits.shape)} (is the architecture made for this image size?)"
+        )
+    if num_classes is not None and logits.shape[1] != num_classes:
+        raise ValueError(f"the model has {logits.shape[1]} outputs, the data {num_classes} classes")
+    return logits
+
+
+def looks_like_probabilities(logits: Tensor) -> bool:
+    """Whether every row of ``logits`` (B, K) is non-negative and sums to 1, as after a softmax."""
+    rows = logits.detach().float()
+    return bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < 1e-3).all())
+
+
+def check_model(model: nn.Module) -> nn.Module:
+    """Return ``model`` if it is an ``nn.Module``.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
+    for tensor in model.parameters():
+        return tensor.device
+    for tensor in model.buffers():
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Procedures that train models to learn something."""

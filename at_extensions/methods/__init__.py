@@ -1,0 +1,1 @@
+"""Adversarial training methods: each turns a batch into a loss."""

@@ -1,0 +1,1 @@
+"""RobustBench-format results and reports."""
