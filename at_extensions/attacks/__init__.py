@@ -1,1 +1,7 @@
-"""Attacks that torchattacks lacks, and the context in which attacks run."""
+"""Attacks that torchattacks lacks, and the context in which any of its attacks runs."""
+
+from at_extensions.attacks.context import RandomStream, attacking, check_attack, perturb
+from at_extensions.attacks.nfgsm import NFGSM
+from at_extensions.attacks.pgd import PGD, Loss
+
+__all__ = ["NFGSM", "PGD", "Loss", "RandomStream", "attacking", "check_attack", "perturb"]

@@ -1,1 +1,8 @@
-"""Adversarial training methods: each turns a batch into a loss."""
+"""Adversarial training methods: each turns a batch into a loss; the loop stays the user's."""
+
+from at_extensions.methods.fgsm import FGSMAT
+from at_extensions.methods.method import Method, Step, create_method, list_methods
+from at_extensions.methods.pgd import PGDAT
+from at_extensions.methods.standard import Standard
+
+__all__ = ["FGSMAT", "PGDAT", "Method", "Standard", "Step", "create_method", "list_methods"]

@@ -1,0 +1,94 @@
+"""PGD in the Linf ball on any loss of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from at_extensions.checks import check_count, check_eps, check_name, check_number
+
+Loss = Callable[[Tensor], Tensor]
+"""What an attack maximises: logits (B, K) to a scalar or (B,); whatever else it needs is bound to it."""
+
+STARTS = ("uniform", "gaussian", "zero")
+
+
+class PGD(torchattacks.PGD):
+    """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083) as torchattacks has it, on a loss of yours.
+
+    x_0 = x + noise;  x_{t+1} = clip(x_t + alpha sign(grad loss(f(x_t)))) to the eps-ball around x and to [0, 1].
+
+    Args:
+        model: Classifier of images in [0, 1].
+        eps: Linf radius in (0, 1].
+        alpha: Step size.
+        steps: Gradient steps, at least 1.
+        start: ``"uniform"`` in the eps-ball, ``"gaussian"`` (0.001 N(0, 1), as in TRADES) or ``"zero"``.
+
+    Raises:
+        ValueError: A number out of range or an unknown start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        start: str = "uniform",
+    ):
+        check_eps(eps)
+        check_number("alpha", alpha, above=0)
+        check_count("steps", steps)
+        self.start = check_name("start", start, STARTS)
+        super().__init__(model, eps=eps, alpha=alpha, steps=steps, random_start=start != "zero")
+
+    def forward(self, images: Tensor, labels: Tensor, loss: Loss | None = None) -> Tensor:
+        """Return adversarial examples of images (B, C, H, W) in [0, 1].
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            labels: (B,); with a ``loss`` of your own they are only used by it.
+            loss: What to maximise; None means cross-entropy with ``labels`` (or minus the one with the targets, in
+                torchattacks' targeted modes).
+        """
+        images = images.detach().to(self.device)
+        labels = labels.detach().to(self.device)
+        if loss is None:
+            loss = cross_entropy(self, images, labels)
+        low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
+        adversarial = start(images, self.start, self.eps).clamp_(low, high)
+        for _ in range(self.steps):
+            gradient = input_gradient(self, adversarial, loss)
+            adversarial = torch.add(adversarial, gradient.sign_(), alpha=self.alpha).clamp_(low, high)
+        return adversarial
+
+
+def cross_entropy(attack: torchattacks.attack.Attack, images: Tensor, labels: Tensor) -> Loss:
+    """Return the loss of torchattacks' modes: cross-entropy, or minus it toward the targets."""
+    if attack.targeted:
+        targets = attack.get_target_label(images, labels)
+        return lambda logits: -F.cross_entropy(logits, targets)
+    return lambda logits: F.cross_entropy(logits, labels)
+
+
+def start(images: Tensor, kind: str, radius: float) -> Tensor:
+    """Return a new tensor: the images moved to a random start, neither projected nor clipped yet."""
+    if kind == "uniform":
+        return torch.empty_like(images).uniform_(-radius, radius).add_(images)
+    if kind == "gaussian":
+        return torch.randn_like(images).mul_(0.001).add_(images)
+    return images.clone()
+
+
+def input_gradient(attack: torchattacks.attack.Attack, x: Tensor, loss: Loss) -> Tensor:
+    """Return d loss / d x at x, as a tensor that may be written to; a loss a sample is summed."""
+    x = x.detach().requires_grad_(True)
+    value = loss(attack.get_logits(x))
+    if value.ndim:
+        value = value.sum()
+    return torch.autograd.grad(value, x)[0]

@@ -1,0 +1,125 @@
+"""The contract of every training method, and the register of their names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchattacks.attack import Attack
+
+from at_extensions.attacks import RandomStream, check_attack, perturb
+from at_extensions.attacks.context import BATCHNORM
+from at_extensions.checks import check_model, check_name, unknown_name
+
+
+class Step(NamedTuple):
+    """What a method makes of a batch.
+
+    Attributes:
+        loss: Scalar to call ``backward`` on.
+        logits: (B, K) of the training forward, on ``x_adv`` unless the method says otherwise.
+        x_adv: (B, C, H, W), what the model was trained on.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    x_adv: Tensor
+
+
+class Method(nn.Module):
+    """A training method around a model: ``method(x, y, index)`` attacks, then forwards for the loss.
+
+    It is an ``nn.Module`` that holds the raw model, so ``DistributedDataParallel(method)`` is all that distributed
+    training needs. The attack leaves modes, gradients, buffers and global random state as they were; its random
+    starts come from a stream of the method's own, which is part of the state dict.
+
+    Args:
+        model: Classifier of images in [0, 1] that returns logits (B, K).
+        attack: A torchattacks attack on that very model; None trains on clean images.
+        batchnorm: How BatchNorm normalises during the attack: ``"eval"`` (running statistics) or ``"train"`` (the
+            batch's own; running statistics are not updated either way).
+        seed: Where the stream of random starts begins.
+
+    Raises:
+        TypeError: Not a module, or not a torchattacks attack.
+        ValueError: The attack is on another model or normalises.
+    """
+
+    def __init__(self, model: nn.Module, attack: Attack | None = None, *, batchnorm: str = "eval", seed: int = 0):
+        super().__init__()
+        self.model = check_model(model)
+        self.attack = None if attack is None else check_attack(attack, model)
+        self.batchnorm = check_name("batchnorm", batchnorm, BATCHNORM)
+        self.stream = RandomStream(seed)
+
+    def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
+        """Attack a batch and return its training loss.
+
+        Args:
+            x: Images (B, C, H, W) in [0, 1].
+            y: Class numbers (B,).
+            index: Which training samples these are (B,), for methods that remember something of each.
+        """
+        return self.loss(x, self.perturb(x, y, index), y, index)
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the adversarial examples (B, C, H, W) to train on, detached."""
+        if self.attack is None:
+            return x
+        return perturb(self.attack, x, y, stream=self.stream, batchnorm=self.batchnorm)
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
+        """Forward the adversarial examples once and return their cross-entropy."""
+        logits = self.model(x_adv)
+        return Step(F.cross_entropy(logits, y), logits, x_adv)
+
+    def epoch_end(self) -> None:
+        """Turn what was remembered during an epoch into what the next one needs; nothing by default."""
+
+    def get_extra_state(self) -> dict:
+        """Return the stream of random starts, for the state dict."""
+        return self.stream.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        """Go on with a stream of random starts from a state dict."""
+        self.stream.load_state_dict(state)
+
+
+_METHODS: dict[str, tuple[Callable[..., Method], str]] = {}
+
+
+def register(name: str, description: str) -> Callable:
+    """Give a method (a class or a function that makes one) its name on the command line."""
+
+    def decorate(factory: Callable[..., Method]) -> Callable[..., Method]:
+        _METHODS[name] = (factory, description)
+        return factory
+
+    return decorate
+
+
+def list_methods() -> dict[str, str]:
+    """Return every method's name with a one-line description."""
+    return {name: description for name, (_, description) in sorted(_METHODS.items())}
+
+
+def create_method(name: str, model: nn.Module, **options) -> Method:
+    """Build a method by name.
+
+    Args:
+        name: From ``list_methods()``.
+        model: Classifier of images in [0, 1] that returns logits (B, K).
+        **options: The method's own, such as ``eps=8/255, alpha=2/255, steps=10``.
+
+    Raises:
+        ValueError: Unknown name or option; the nearest ones are named.
+    """
+    factory = _METHODS[check_name("method", name, _METHODS)][0]
+    known = [p for p in inspect.signature(factory).parameters if p != "model"]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of method {name!r}", option, known)
+    return factory(model, **options)

@@ -1,0 +1,19 @@
+"""Training on clean images: the baseline that adversarial training is compared with."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from at_extensions.methods.method import Method, register
+
+
+@register("standard", "clean training: cross-entropy on the images as they are")
+class Standard(Method):
+    """Standard training: cross-entropy on clean images, no attack.
+
+    Args:
+        model: Classifier of images in [0, 1] that returns logits (B, K).
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)

@@ -1,0 +1,238 @@
+"""Reading and writing a run directory: config, metrics, checkpoints, results; every write is atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from at_extensions.checks import check_name
+
+KINDS = ("last", "best")
+"""The checkpoints of a run: the newest, and the best by validation robust accuracy."""
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; it takes the name of ``path`` when the block ends without an exception.
+
+    A kill at any moment leaves the old file or the new one, whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    os.chmod(name, 0o666 & ~_UMASK)  # mkstemp's 0600 would keep a shared run from its readers
+    try:
+        yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file atomically and return its path."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, data: dict | list) -> Path:
+    """Write indented JSON atomically and return its path."""
+    return write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    # safetensors refuses views that share memory and strided layouts such as channels_last
+    owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(owned, temporary, metadata=metadata)
+    return Path(path)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors on the CPU, and its metadata.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Truncated, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def save_weights(model: nn.Module, path: str | Path) -> Path:
+    """Write a model's state dict as safetensors, with the recipe that rebuilds it where it carries one."""
+    recipe = getattr(model, "recipe", None)
+    metadata = {"format": "pt"} | ({} if recipe is None else {"recipe": json.dumps(recipe)})
+    return save_tensors(path, model.state_dict(), metadata)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load weights that ``save_weights`` wrote into a model of the same architecture, in place.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Truncated, foreign, or of another architecture; the model is then unchanged.
+    """
+    tensors, _ = load_tensors(path)
+    own = model.state_dict()
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    if missing or foreign or other:
+        what = [f"{len(names)} {label} ({names[0]}, ...)" for label, names in
+                (("missing", missing), ("unknown", foreign), ("of another shape", other)) if names]  # fmt: skip
+        raise ValueError(f"{path} is a checkpoint of another architecture: tensors " + ", ".join(what))
+    model.load_state_dict(tensors)
+
+
+def read_recipe(path: str | Path) -> dict | None:
+    """Return the recipe in a checkpoint's header, or None where it names none.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Truncated, or no safetensors file.
+    """
+    recipe = load_tensors(path)[1].get("recipe")
+    return None if recipe is None else json.loads(recipe)
+
+
+class RunDirectory:
+    """A folder that holds one training run and what was learned from it.
+
+    ``config.yaml``, ``metrics.jsonl`` (one line an epoch), ``checkpoints/{last,best}.safetensors`` with a state
+    file beside them, and later ``evaluation.json``, ``examples.safetensors`` and ``report.html``.
+
+    Args:
+        path: The folder; made when something is first written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    def config(self) -> dict:
+        """Return the run's configuration, empty if none was written.
+
+        Raises:
+            ValueError: ``config.yaml`` is not a YAML mapping.
+        """
+        return _read(self.path / "config.yaml", yaml.safe_load, {})
+
+    def write_config(self, config: dict) -> None:
+        """Write the run's configuration."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def metrics(self) -> list[dict]:
+        """Return one dict an epoch, in order; a last line that a kill cut short is dropped."""
+        rows: list[dict] = []
+        if (self.path / "metrics.jsonl").exists():
+            for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+        return rows
+
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Write every epoch's metrics anew."""
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def weights(self, kind: str = "best") -> Path:
+        """Return the path of the ``"best"`` or ``"last"`` weights.
+
+        Raises:
+            ValueError: Another kind.
+        """
+        return self.path / "checkpoints" / f"{check_name('checkpoint', kind, KINDS)}.safetensors"
+
+    def published_weights(self) -> Path:
+        """Return the best weights, or the last ones of a run that had no validation split.
+
+        Raises:
+            FileNotFoundError: The run has no checkpoint yet.
+        """
+        for kind in ("best", "last"):
+            if self.weights(kind).is_file():
+                return self.weights(kind)
+        raise FileNotFoundError(f"{self.path} holds no checkpoint; is it a run directory?")
+
+    def state_path(self, kind: str = "last") -> Path:
+        """Return the path of the state that a run goes on from."""
+        return self.weights(kind).with_suffix(".state.pt")
+
+    def save_state(self, state: dict) -> None:
+        """Write the whole training state (tensors, numbers, strings and their containers), atomically."""
+        with atomic(self.state_path()) as temporary:
+            torch.save(state, temporary)
+
+    def load_state(self) -> dict | None:
+        """Return the training state, or None if there is none.
+
+        Raises:
+            ValueError: The file is truncated or not one of ours.
+        """
+        path = self.state_path()
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file; all mean the same to the user
+            raise ValueError(f"{path} is truncated or foreign; delete it to start this run anew") from error
+
+    def evaluation(self) -> dict | None:
+        """Return what ``evaluation.json`` holds, or None."""
+        return _read(self.path / "evaluation.json", json.loads, None)
+
+    def write_evaluation(self, report: dict, examples: dict[str, Tensor] | None = None) -> None:
+        """Write an evaluation and a few of its adversarial examples."""
+        if examples:
+            save_tensors(self.path / "examples.safetensors", examples)
+        write_json(self.path / "evaluation.json", report)
+
+    def examples(self) -> dict[str, Tensor] | None:
+        """Return images, adversarial, labels, clean_predictions and adversarial_predictions, or None."""
+        path = self.path / "examples.safetensors"
+        return load_tensors(path)[0] if path.exists() else None
+
+
+def _read(path: Path, parse: Callable, default):
+    if not path.exists():
+        return default
+    try:
+        data = parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not hold a mapping")
+    return data
