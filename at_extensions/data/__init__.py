@@ -1,1 +1,20 @@
-"""Datasets, splits and loaders."""
+"""Datasets, splits and loaders: named data sets, long tails, label noise, batches made on the device."""
+
+from at_extensions.data.datasets import DATASETS, load_dataset
+from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
+from at_extensions.data.loader import BatchLoader, make_loader
+from at_extensions.data.long_tail import TAIL_KINDS, long_tail_counts
+from at_extensions.data.split import ImageSplit, Splits
+
+__all__ = [
+    "DATASETS",
+    "NOISE_KINDS",
+    "TAIL_KINDS",
+    "BatchLoader",
+    "ImageSplit",
+    "Splits",
+    "corrupt_labels",
+    "load_dataset",
+    "long_tail_counts",
+    "make_loader",
+]

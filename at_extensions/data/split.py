@@ -1,0 +1,195 @@
+"""Splits of a data set: labelled images with a stable index per sample, and the train/val/test trio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from at_extensions.checks import check_count, check_labels
+
+
+@dataclass(eq=False, repr=False)
+class ImageSplit(Dataset):
+    """One split held in memory as bytes; also a map-style dataset of ``(image, label)``.
+
+    ``split[i]`` is ``(image, label)``: a float32 image (C, H, W) in [0, 1] and an int. The position ``i`` from 0 to
+    ``len(split) - 1`` is the sample's index, the one that loaders hand out, and never changes.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: Class numbers (N,); stored as int64.
+        num_classes: How many classes there are, K.
+        name: What reports call the data.
+        class_names: K names, where they are known.
+        clean_labels: The labels before any were corrupted (N,); ``labels`` if None.
+
+    Raises:
+        TypeError: Images that are not uint8, labels that are not whole numbers.
+        ValueError: Wrong shapes, no samples, labels out of range.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    name: str = "images"
+    class_names: tuple[str, ...] | None = None
+    clean_labels: Tensor | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8:
+            kind = self.images.dtype if isinstance(self.images, Tensor) else type(self.images).__name__
+            raise TypeError(f"images must be a uint8 tensor (N, C, H, W), got {kind}; (images * 255).round().byte()")
+        if self.images.ndim != 4 or self.images.numel() == 0:
+            raise ValueError(f"images must be a non-empty (N, C, H, W), got {tuple(self.images.shape)}")
+        check_count("num_classes", self.num_classes, at_least=2)
+        self.labels = check_labels(self.labels, self.num_classes, size=len(self.images)).long()
+        if self.clean_labels is None:
+            self.clean_labels = self.labels
+        self.clean_labels = check_labels(self.clean_labels, self.num_classes, size=len(self.images)).long()
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"got {len(self.class_names)} class names for {self.num_classes} classes")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return to_unit_interval(self.images[index]), int(self.labels[index])
+
+    def __repr__(self) -> str:
+        counts = self.class_counts
+        span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        shape = "x".join(str(side) for side in self.image_shape)
+        return f"{self.name}: {len(self)} images {shape}, {self.num_classes} classes of {span}"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def class_counts(self) -> list[int]:
+        """How many samples carry each label."""
+        return torch.bincount(self.labels, minlength=self.num_classes).tolist()
+
+    def tensors(self, n: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first ``n`` samples (all if None): float32 images (n, C, H, W) in [0, 1] and labels (n,).
+
+        Raises:
+            ValueError: There are fewer than ``n`` samples.
+        """
+        n = len(self) if n is None else self._check_size(n)
+        return to_unit_interval(self.images[:n]), self.labels[:n].clone()
+
+    def select(self, index: Tensor) -> ImageSplit:
+        """Return the samples at ``index`` (n,), in that order, as a split of its own, numbered from 0."""
+        return replace(
+            self, images=self.images[index], labels=self.labels[index], clean_labels=self.clean_labels[index]
+        )
+
+    def subset(self, n: int, seed: int = 0) -> ImageSplit:
+        """Return ``n`` samples, as evenly over the classes as they allow, drawn by ``seed`` and kept in order.
+
+        Every class gives ``n / num_classes`` samples; one that has fewer gives all, and the others make up for it.
+
+        Raises:
+            ValueError: There are fewer than ``n`` samples.
+        """
+        self._check_size(n)
+        ranks = ranks_in_class(self.labels, self.num_classes, seeded_generator(seed))
+        dealt = torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
+        return self.select(dealt[:n].sort().values)
+
+    def _check_size(self, n: int) -> int:
+        if check_count("n", n) > len(self):
+            raise ValueError(f"asked for {n} samples of {self.name}, which has {len(self)}")
+        return n
+
+
+@dataclass(repr=False)
+class Splits:
+    """A data set ready for training.
+
+    Args:
+        train: What is trained on: after the tail was cut and labels were corrupted.
+        val: For choosing checkpoints and settings: balanced, clean labels. None if none was asked for.
+        test: For the final evaluation only.
+        num_classes: How many classes there are, K.
+        class_counts: Training samples by label, K numbers.
+        name: What reports call the data.
+    """
+
+    train: ImageSplit
+    val: ImageSplit | None
+    test: ImageSplit
+    num_classes: int
+    class_counts: list[int]
+    name: str
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, where they are known."""
+        return self.train.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        return self.train.image_shape
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what identifies the splits, as plain numbers and strings."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "image_shape": list(self.image_shape),
+            "train_size": len(self.train),
+            "val_size": 0 if self.val is None else len(self.val),
+            "test_size": len(self.test),
+            "class_counts": list(self.class_counts),
+            "corrupted_labels": int((self.train.labels != self.train.clean_labels).sum()),
+        }
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(side) for side in self.image_shape)
+        lines = [f"{self.name}: {self.num_classes} classes, images {shape}", "split   images  a class"]
+        for role, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if split is None:
+                lines.append(f"{role:<6}{0:>8}")
+                continue
+            low, high = min(split.class_counts), max(split.class_counts)
+            lines.append(f"{role:<6}{len(split):>8}  {low if low == high else f'{low} to {high}'}")
+        corrupted = self.to_dict()["corrupted_labels"]
+        return "\n".join(lines + ([f"corrupted training labels: {corrupted}"] if corrupted else []))
+
+
+def to_unit_interval(images: Tensor) -> Tensor:
+    """Return uint8 ``images`` of any shape as new float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def ranks_in_class(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Shuffle each class and return every sample's place (N,) in its own class, from 0.
+
+    Samples with a rank below n are a random n of each class; those of a smaller n are among them.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    grouped = order[torch.argsort(labels[order], stable=True)]
+    counts = torch.bincount(labels, minlength=num_classes)
+    ranks = torch.empty_like(labels)
+    ranks[grouped] = torch.arange(len(labels)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return ranks
+
+
+def seeded_generator(seed: int, stream: int = 0) -> torch.Generator:
+    """Return a CPU generator for ``seed``; different ``stream`` numbers give independent draws.
+
+    Raises:
+        TypeError: The seed is not a whole number.
+        ValueError: It is negative.
+    """
+    state = np.random.SeedSequence((check_count("seed", seed, at_least=0), stream)).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
