@@ -20,7 +20,7 @@ class FGSMAT(Method):
     - ``"plain"``: FGSM (Goodfellow et al. 2015), torchattacks' FGSM: x + eps sign(grad).
     - ``"rs"``: RS-FGSM (Wong et al. 2020, "Fast is better than free"), torchattacks' FFGSM: uniform start in the
       eps-ball, step alpha = 1.25 eps, projected.
-    - ``"n"``: N-FGSM (de Jorge et al. 2022), ``attacks.NFGSM``: uniform noise of k eps, step alpha = eps, not projected.
+    - ``"n"``: N-FGSM (de Jorge et al. 2022), ``attacks.NFGSM``: uniform noise of k eps, step alpha = eps, unprojected.
 
     Single-step training can fall into catastrophic overfitting: FGSM accuracy rises while PGD accuracy collapses.
 
