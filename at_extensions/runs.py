@@ -127,6 +127,18 @@ def read_recipe(path: str | Path) -> dict | None:
     return None if recipe is None else json.loads(recipe)
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    import platform
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for package in ("at-extensions", "torch", "torchvision", "torchattacks", "timm", "robustbench", "pyautoattack"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
 class RunDirectory:
     """A folder that holds one training run and what was learned from it.
 

@@ -106,12 +106,14 @@ def list_methods() -> dict[str, str]:
     return {name: description for name, (_, description) in sorted(_METHODS.items())}
 
 
-def create_method(name: str, model: nn.Module, **options) -> Method:
+def create_method(name: str, model: nn.Module, *, offered: dict | None = None, **options) -> Method:
     """Build a method by name.
 
     Args:
         name: From ``list_methods()``.
         model: Classifier of images in [0, 1] that returns logits (B, K).
+        offered: Values that are used where the method takes an option of that name and none was given; the others
+            are left out (a run offers ``eps``, ``seed`` and ``class_counts`` to every method).
         **options: The method's own, such as ``eps=8/255, alpha=2/255, steps=10``.
 
     Raises:
@@ -122,4 +124,4 @@ def create_method(name: str, model: nn.Module, **options) -> Method:
     for option in options:
         if option not in known:
             raise unknown_name(f"option of method {name!r}", option, known)
-    return factory(model, **options)
+    return factory(model, **{key: value for key, value in (offered or {}).items() if key in known} | options)
