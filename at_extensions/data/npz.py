@@ -62,7 +62,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             if present & {"val_images", "val_labels"}:
                 wanted |= {"val_images", "val_labels"}
             if wanted <= present:
-                return {key: archive[key] for key in wanted}
+                return {key: np.asarray(archive[key]) for key in wanted}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise ValueError(f"{path} is damaged, or holds something other than plain arrays: {error}") from error
     raise ValueError(
