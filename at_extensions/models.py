@@ -31,13 +31,10 @@ class Normalized(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
         self.recipe = recipe
-        self._shifts = any(m != 0 for m in mean) or any(s != 1 for s in std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of images (B, C, H, W) in [0, 1]."""
-        if self._shifts:
-            x = (x - self.mean) / self.std
-        return self.network(x)
+        return self.network((x - self.mean) / self.std)
 
     def get_classifier(self) -> nn.Module:
         """Return the network's last linear layer."""
