@@ -222,8 +222,10 @@ def from_recipe(recipe: dict) -> Normalized:
     """Build the architecture that a recipe names, with fresh weights.
 
     Raises:
-        ValueError: The recipe is not one of ``create_model``'s.
+        ValueError: The recipe is not one of ``create_model``'s, or asks for weights from elsewhere.
     """
+    if any(recipe.get(key) for key in _NOT_IN_RECIPE):  # a checkpoint's header must not make timm unpickle a file
+        raise ValueError(f"a recipe names an architecture, not where weights come from: {recipe}")
     try:
         return create_model(**recipe)
     except TypeError as error:

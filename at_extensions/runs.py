@@ -121,10 +121,18 @@ def read_recipe(path: str | Path) -> dict | None:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Truncated, or no safetensors file.
+        ValueError: Truncated, no safetensors file, or a header that holds something else under that name.
     """
-    recipe = load_tensors(path)[1].get("recipe")
-    return None if recipe is None else json.loads(recipe)
+    text = load_tensors(path)[1].get("recipe")
+    if text is None:
+        return None
+    try:
+        recipe = json.loads(text)
+    except json.JSONDecodeError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds no recipe of this package but {text[:80]!r}; build the model yourself")
+    return recipe
 
 
 def versions() -> dict[str, str]:
