@@ -176,12 +176,18 @@ class RunDirectory:
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def metrics(self) -> list[dict]:
-        """Return one dict an epoch, in order; a last line that a kill cut short is dropped."""
-        rows: list[dict] = []
-        if (self.path / "metrics.jsonl").exists():
-            for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    rows.append(json.loads(line))
+        """Return one dict an epoch, in order; a last line that a kill cut short is dropped.
+
+        Raises:
+            ValueError: Any other line is no JSON object.
+        """
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        *whole, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = [_row(path, number, line) for number, line in enumerate(whole, 1)]
+        with contextlib.suppress(ValueError):
+            rows.append(_row(path, len(whole) + 1, rest))
         return rows
 
     def write_metrics(self, rows: list[dict]) -> None:
@@ -244,6 +250,16 @@ class RunDirectory:
         """Return images, adversarial, labels, clean_predictions and adversarial_predictions, or None."""
         path = self.path / "examples.safetensors"
         return load_tensors(path)[0] if path.exists() else None
+
+
+def _row(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} is no JSON object: {line[:80]}")
+    return row
 
 
 def _read(path: Path, parse: Callable, default):
