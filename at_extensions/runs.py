@@ -185,7 +185,7 @@ class RunDirectory:
         if not path.exists():
             return []
         *whole, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        rows = [_row(path, number, line) for number, line in enumerate(whole, 1)]
+        rows = [_row(path, number, line) for number, line in enumerate(whole, 1) if line.strip()]
         with contextlib.suppress(ValueError):
             rows.append(_row(path, len(whole) + 1, rest))
         return rows
