@@ -148,7 +148,7 @@ def perturb(
     Returns:
         Adversarial examples (B, C, H, W), detached.
     """
-    attack.device = images.device
+    attack.set_device(images.device)  # of attacks inside this one too
     with attacking(attack.model, batchnorm), stream.on(images.device) if stream else contextlib.nullcontext():
         adversarial = attack.forward(images, labels) if loss is None else attack.forward(images, labels, loss)
     return adversarial.detach()

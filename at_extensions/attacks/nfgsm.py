@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from at_extensions.attacks.pgd import Loss, cross_entropy, input_gradient, start
+from at_extensions.attacks.pgd import Loss, beside_model, cross_entropy, input_gradient, start
 from at_extensions.checks import check_eps, check_number
 
 
@@ -36,8 +36,7 @@ class NFGSM(Attack):
 
     def forward(self, images: Tensor, labels: Tensor, loss: Loss | None = None) -> Tensor:
         """Return adversarial examples of images (B, C, H, W) in [0, 1]; ``loss`` as in ``PGD``."""
-        images = images.detach().to(self.device)
-        labels = labels.detach().to(self.device)
+        images, labels = beside_model(self, images, labels)
         if loss is None:
             loss = cross_entropy(self, images, labels)
         noisy = start(images, "uniform", self.k * self.eps).clamp_(0, 1)

@@ -56,8 +56,7 @@ class PGD(torchattacks.PGD):
             loss: What to maximise; None means cross-entropy with ``labels`` (or minus the one with the targets, in
                 torchattacks' targeted modes).
         """
-        images = images.detach().to(self.device)
-        labels = labels.detach().to(self.device)
+        images, labels = beside_model(self, images, labels)
         if loss is None:
             loss = cross_entropy(self, images, labels)
         low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
@@ -66,6 +65,12 @@ class PGD(torchattacks.PGD):
             gradient = input_gradient(self, adversarial, loss)
             adversarial = torch.add(adversarial, gradient.sign_(), alpha=self.alpha).clamp_(low, high)
         return adversarial
+
+
+def beside_model(attack: torchattacks.attack.Attack, *tensors: Tensor) -> list[Tensor]:
+    """Return the tensors, detached, on the device where the attacked model is by now."""
+    attack.device = next((p.device for p in attack.model.parameters()), attack.device)
+    return [tensor.detach().to(attack.device) for tensor in tensors]
 
 
 def cross_entropy(attack: torchattacks.attack.Attack, images: Tensor, labels: Tensor) -> Loss:
