@@ -1,6 +1,7 @@
 """Datasets, splits and loaders: named data sets, long tails, label noise, batches made on the device."""
 
 from at_extensions.data.datasets import DATASETS, load_dataset
+from at_extensions.data.folder import FolderSplit
 from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
 from at_extensions.data.loader import BatchLoader, make_loader
 from at_extensions.data.long_tail import TAIL_KINDS, long_tail_counts
@@ -11,6 +12,7 @@ __all__ = [
     "NOISE_KINDS",
     "TAIL_KINDS",
     "BatchLoader",
+    "FolderSplit",
     "ImageSplit",
     "Splits",
     "corrupt_labels",

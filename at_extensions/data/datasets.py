@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from at_extensions.checks import check_number, unknown_name
+from at_extensions.checks import check_count, check_number, unknown_name
+from at_extensions.data.folder import read_folder
 from at_extensions.data.label_noise import corrupt_labels
 from at_extensions.data.long_tail import kept_samples, largest_head, long_tail_counts
 from at_extensions.data.npz import read_npz
-from at_extensions.data.split import ImageSplit, Splits, ranks_in_class, seeded_generator
+from at_extensions.data.split import ImageSplit, LabelledSplit, Splits, ranks_in_class, seeded_generator
 
 DATASETS = {
     "digits": "1,797 scans of handwritten digits, 8 x 8, gray; comes with scikit-learn",
@@ -21,6 +22,7 @@ DATASETS = {
     "cifar100": "60,000 photographs of 100 classes, 32 x 32, in torchvision's layout",
     "svhn": "99,289 photographs of house numbers, 32 x 32, in torchvision's layout",
     "npz:PATH": "uint8 NHWC arrays train_images, train_labels, test_images, test_labels (and val_*) in one file",
+    "folder:PATH": "image files in PATH/train/CLASS and PATH/val/CLASS or PATH/test/CLASS, decoded as they are needed",
 }
 """Names that ``load_dataset`` takes, with a line about each."""
 
@@ -36,6 +38,7 @@ def load_dataset(
     imbalance_kind: str = "exp",
     label_noise: float | tuple[float, str] | None = None,
     seed: int = 0,
+    image_size: int | None = None,
 ) -> Splits:
     """Read a data set and return its train, val and test splits; nothing is ever downloaded.
 
@@ -44,12 +47,14 @@ def load_dataset(
     counts. The test split is what the data set says it is, whatever the options.
 
     Args:
-        name_or_path: One of ``DATASETS``: ``"digits"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``, or
-            ``"npz:PATH"`` (a path that ends in ``.npz`` will do).
-        root: Folder of torchvision's data sets and of relative npz paths; ``data`` for the former and the current
+        name_or_path: One of ``DATASETS``: ``"digits"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``, ``"npz:PATH"``
+            (a path that ends in ``.npz`` will do) or ``"folder:PATH"``. A folder without ``test`` has ``val`` for
+            its test split, as ImageNet does.
+        root: Folder of torchvision's data sets and of relative paths; ``data`` for the former and the current
             folder for the latter if None.
         val_fraction: Share in [0, 1) of the smallest class that goes to the validation split; every class gives that
-            many samples. 0 for none. An npz file's own ``val_*`` is used as it is instead.
+            many samples. 0 for none. Where the data come with a validation split of their own (``val_*`` in an npz
+            file, ``val`` beside ``test`` in a folder), that one is used as it is.
         imbalance_ratio: Training samples of the last class over those of the first, in (0, 1]; None leaves the
             classes as they are. The first class has as many samples as lets every class meet its count
             (see ``long_tail_counts``): all of them where classes are of equal size.
@@ -57,6 +62,7 @@ def load_dataset(
         label_noise: Probability in [0, 1] that a training label is redrawn, or ``(rate, kind)`` with the kinds of
             ``corrupt_labels``; a rate alone means ``"uniform"``. ``train.clean_labels`` keeps the true ones.
         seed: Which samples are drawn, cut and corrupted.
+        image_size: Side in pixels of the images that a folder gives, 224 if None; other data sets have their own.
 
     Raises:
         FileNotFoundError: The data are not there; the message says how to get them.
@@ -64,7 +70,7 @@ def load_dataset(
         ValueError: An unknown name, numbers out of range, a damaged file, classes too small for what was asked.
     """
     check_number("val_fraction", val_fraction, at_least=0, below=1)
-    source = _read(str(name_or_path), root)
+    source = _read(str(name_or_path), root, image_size)
     train, val, test = source["train"], source.get("val"), source["test"]
     _check_every_class(train)
     if val is None and val_fraction > 0:
@@ -76,9 +82,14 @@ def load_dataset(
     return Splits(train, val, test, train.num_classes, train.class_counts, train.name)
 
 
-def _read(name: str, root: str | Path | None) -> dict[str, ImageSplit]:
+def _read(name: str, root: str | Path | None, image_size: int | None) -> dict[str, LabelledSplit]:
     """Find the reader that a name asks for."""
     kind, _, path = name.partition(":")
+    if kind == "folder" and path:
+        size = 224 if image_size is None else check_count("image_size", image_size)
+        return read_folder(Path(root or ".") / path, size)
+    if image_size is not None:
+        raise ValueError(f"image_size is for folder:PATH; {name} has images of one size")
     if kind == "npz" and path:
         return read_npz(Path(root or ".") / path)
     if name.endswith(".npz"):
@@ -141,7 +152,7 @@ def _open_torchvision(dataset: type, root: Path, **options):
         ) from error
 
 
-def _check_every_class(train: ImageSplit) -> None:
+def _check_every_class(train: LabelledSplit) -> None:
     """Refuse labels with gaps: a class without training samples breaks counts, weights and balance."""
     present = torch.unique(train.labels)
     if len(present) < train.num_classes:
@@ -151,7 +162,7 @@ def _check_every_class(train: ImageSplit) -> None:
         )
 
 
-def _hold_out(train: ImageSplit, val_fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
+def _hold_out(train: LabelledSplit, val_fraction: float, seed: int) -> tuple[LabelledSplit, LabelledSplit]:
     """Split off the same number of every class for validation."""
     smallest = min(train.class_counts)
     per_class = round(val_fraction * smallest)
@@ -165,12 +176,12 @@ def _hold_out(train: ImageSplit, val_fraction: float, seed: int) -> tuple[ImageS
     return train.select(~held_out), train.select(held_out)
 
 
-def _cut_tail(train: ImageSplit, ratio: float, kind: str, seed: int) -> ImageSplit:
+def _cut_tail(train: LabelledSplit, ratio: float, kind: str, seed: int) -> LabelledSplit:
     counts = long_tail_counts(largest_head(train.class_counts, ratio, kind), train.num_classes, ratio, kind)
     return train.select(kept_samples(train.labels, counts, seeded_generator(seed, _TAIL)))
 
 
-def _corrupt(train: ImageSplit, label_noise: float | Sequence, seed: int) -> ImageSplit:
+def _corrupt(train: LabelledSplit, label_noise: float | Sequence, seed: int) -> LabelledSplit:
     if isinstance(label_noise, (tuple, list)) and len(label_noise) != 2:
         raise ValueError(f"label_noise must be a rate or (rate, kind), got {label_noise!r}")
     rate, kind = label_noise if isinstance(label_noise, (tuple, list)) else (label_noise, "uniform")

@@ -13,15 +13,87 @@ from torch.utils.data import Dataset
 from at_extensions.checks import check_count, check_labels
 
 
-@dataclass(eq=False, repr=False)
-class ImageSplit(Dataset):
-    """One split held in memory as bytes; also a map-style dataset of ``(image, label)``.
+class LabelledSplit(Dataset):
+    """What splits in memory and on disk share: a map-style dataset of ``(image, label)`` that knows its labels.
 
     ``split[i]`` is ``(image, label)``: a float32 image (C, H, W) in [0, 1] and an int. The position ``i`` from 0 to
     ``len(split) - 1`` is the sample's index, the one that loaders hand out, and never changes.
+    """
+
+    labels: Tensor
+    num_classes: int
+    name: str
+    class_names: tuple[str, ...] | None
+    clean_labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(side) for side in self.image_shape)
+        return f"{self.name}: {len(self)} images {shape}, {self.num_classes} classes of {_span(self.class_counts)}"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        raise NotImplementedError
+
+    @property
+    def class_counts(self) -> list[int]:
+        """How many samples carry each label."""
+        return torch.bincount(self.labels, minlength=self.num_classes).tolist()
+
+    def select(self, index: Tensor) -> LabelledSplit:
+        """Return the samples at ``index`` (n,), in that order, as a split of its own, numbered from 0."""
+        raise NotImplementedError
+
+    def tensors(self, n: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first ``n`` samples (all if None): float32 images (n, C, H, W) in [0, 1] and labels (n,).
+
+        Raises:
+            ValueError: There are fewer than ``n`` samples.
+        """
+        n = len(self) if n is None else self._check_size(n)
+        return self._first_images(n), self.labels[:n].clone()
+
+    def subset(self, n: int, seed: int = 0) -> LabelledSplit:
+        """Return ``n`` samples, as evenly over the classes as they allow, drawn by ``seed`` and kept in order.
+
+        Every class gives ``n / num_classes`` samples; one that has fewer gives all, and the others make up for it.
+
+        Raises:
+            ValueError: There are fewer than ``n`` samples.
+        """
+        self._check_size(n)
+        ranks = ranks_in_class(self.labels, self.num_classes, seeded_generator(seed))
+        dealt = torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
+        return self.select(dealt[:n].sort().values)
+
+    def _check_size(self, n: int) -> int:
+        if check_count("n", n) > len(self):
+            raise ValueError(f"asked for {n} samples of {self.name}, which has {len(self)}")
+        return n
+
+    def _check_labels(self, size: int) -> None:
+        """Check labels and class names, and store labels as int64."""
+        check_count("num_classes", self.num_classes, at_least=2)
+        self.labels = check_labels(self.labels, self.num_classes, size=size).long()
+        if self.clean_labels is None:
+            self.clean_labels = self.labels
+        self.clean_labels = check_labels(self.clean_labels, self.num_classes, size=size).long()
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"got {len(self.class_names)} class names for {self.num_classes} classes")
+
+    def _first_images(self, n: int) -> Tensor:
+        return torch.stack([self[i][0] for i in range(n)])
+
+
+@dataclass(eq=False, repr=False)
+class ImageSplit(LabelledSplit):
+    """One split held in memory as bytes.
 
     Args:
-        images: uint8 (N, C, H, W).
+        images: uint8 (N, C, H, W), on the CPU.
         labels: Class numbers (N,); stored as int64.
         num_classes: How many classes there are, K.
         name: What reports call the data.
@@ -46,44 +118,15 @@ class ImageSplit(Dataset):
             raise TypeError(f"images must be a uint8 tensor (N, C, H, W), got {kind}; (images * 255).round().byte()")
         if self.images.ndim != 4 or self.images.numel() == 0:
             raise ValueError(f"images must be a non-empty (N, C, H, W), got {tuple(self.images.shape)}")
-        check_count("num_classes", self.num_classes, at_least=2)
-        self.labels = check_labels(self.labels, self.num_classes, size=len(self.images)).long()
-        if self.clean_labels is None:
-            self.clean_labels = self.labels
-        self.clean_labels = check_labels(self.clean_labels, self.num_classes, size=len(self.images)).long()
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(f"got {len(self.class_names)} class names for {self.num_classes} classes")
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self._check_labels(len(self.images))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return to_unit_interval(self.images[index]), int(self.labels[index])
-
-    def __repr__(self) -> str:
-        counts = self.class_counts
-        span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        shape = "x".join(str(side) for side in self.image_shape)
-        return f"{self.name}: {len(self)} images {shape}, {self.num_classes} classes of {span}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of one image."""
         return tuple(self.images.shape[1:])
-
-    @property
-    def class_counts(self) -> list[int]:
-        """How many samples carry each label."""
-        return torch.bincount(self.labels, minlength=self.num_classes).tolist()
-
-    def tensors(self, n: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first ``n`` samples (all if None): float32 images (n, C, H, W) in [0, 1] and labels (n,).
-
-        Raises:
-            ValueError: There are fewer than ``n`` samples.
-        """
-        n = len(self) if n is None else self._check_size(n)
-        return to_unit_interval(self.images[:n]), self.labels[:n].clone()
 
     def select(self, index: Tensor) -> ImageSplit:
         """Return the samples at ``index`` (n,), in that order, as a split of its own, numbered from 0."""
@@ -91,23 +134,8 @@ class ImageSplit(Dataset):
             self, images=self.images[index], labels=self.labels[index], clean_labels=self.clean_labels[index]
         )
 
-    def subset(self, n: int, seed: int = 0) -> ImageSplit:
-        """Return ``n`` samples, as evenly over the classes as they allow, drawn by ``seed`` and kept in order.
-
-        Every class gives ``n / num_classes`` samples; one that has fewer gives all, and the others make up for it.
-
-        Raises:
-            ValueError: There are fewer than ``n`` samples.
-        """
-        self._check_size(n)
-        ranks = ranks_in_class(self.labels, self.num_classes, seeded_generator(seed))
-        dealt = torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
-        return self.select(dealt[:n].sort().values)
-
-    def _check_size(self, n: int) -> int:
-        if check_count("n", n) > len(self):
-            raise ValueError(f"asked for {n} samples of {self.name}, which has {len(self)}")
-        return n
+    def _first_images(self, n: int) -> Tensor:
+        return to_unit_interval(self.images[:n])
 
 
 @dataclass(repr=False)
@@ -123,9 +151,9 @@ class Splits:
         name: What reports call the data.
     """
 
-    train: ImageSplit
-    val: ImageSplit | None
-    test: ImageSplit
+    train: LabelledSplit
+    val: LabelledSplit | None
+    test: LabelledSplit
     num_classes: int
     class_counts: list[int]
     name: str
@@ -160,10 +188,14 @@ class Splits:
             if split is None:
                 lines.append(f"{role:<6}{0:>8}")
                 continue
-            low, high = min(split.class_counts), max(split.class_counts)
-            lines.append(f"{role:<6}{len(split):>8}  {low if low == high else f'{low} to {high}'}")
+            lines.append(f"{role:<6}{len(split):>8}  {_span(split.class_counts)}")
         corrupted = self.to_dict()["corrupted_labels"]
         return "\n".join(lines + ([f"corrupted training labels: {corrupted}"] if corrupted else []))
+
+
+def _span(counts: list[int]) -> str:
+    """The sizes of classes, in words."""
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def to_unit_interval(images: Tensor) -> Tensor:
