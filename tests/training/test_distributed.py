@@ -1,0 +1,37 @@
+"""Two real processes under torchrun train what one process trains."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from at_extensions.runs import RunDirectory, load_tensors
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def launch(processes, out):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent)}
+    done = subprocess.run([*command, str(WORKER), str(out)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_gloo_processes_equal_one_and_resume(tmp_path):
+    launch(2, tmp_path / "two")
+    launch(1, tmp_path / "one")
+    two, one = (load_tensors(RunDirectory(tmp_path / name).weights("last"))[0] for name in ("two", "one"))
+    # the network has no BatchNorm and the attack no random start: then the joint batch's gradient is the mean
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-12)
+    metrics = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in RunDirectory(tmp_path / name).metrics()]
+        for name in ("two", "one")
+    ]
+    for a, b in zip(*metrics, strict=True):
+        assert a.keys() == b.keys()
+        torch.testing.assert_close(torch.tensor(list(a.values())), torch.tensor(list(b.values())))
+    streams = RunDirectory(tmp_path / "two").load_state()["streams"]
+    assert [s["seed"] for s in streams] == [0, 7919]
+    assert not torch.equal(streams[0]["states"]["cpu"], streams[1]["states"]["cpu"])
