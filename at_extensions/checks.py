@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def check_number(
         TypeError: It is not a number.
         ValueError: It is outside the bounds or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     left = "(-inf" if above is None and at_least is None else f"({above:g}" if above is not None else f"[{at_least:g}"
     right = "inf)" if below is None and at_most is None else f"{below:g})" if below is not None else f"{at_most:g}]"
@@ -75,7 +76,7 @@ def check_number(
     )
     if not fits:
         raise ValueError(f"{name} must lie in {left}, {right}, got {value!r}")
-    return value
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
@@ -85,11 +86,11 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> int:
         TypeError: It is not a whole number.
         ValueError: It is smaller.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    return value
+    return int(value)
 
 
 def check_norm(norm: str) -> str:
@@ -113,15 +114,16 @@ def check_eps(eps: float, norm: str = "Linf", *, name: str = "eps") -> float:
         TypeError: It is not a number.
         ValueError: It is outside the range.
     """
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"{name} must be a number such as 8/255, got {eps!r}")
+    eps = float(eps)
     if norm == "Linf":
         if not 0 < eps <= 1:
             hint = f"; did you mean {eps:g}/255?" if math.isfinite(eps) and 1 < eps <= 255 else ""
             raise ValueError(f"{name} must lie in (0, 1] for images in [0, 1], got {eps:g}{hint}")
     elif not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"{name} must be a positive number, got {eps:g}")
-    return float(eps)
+    return eps
 
 
 def parse_fraction(text: str | float) -> float:
@@ -130,11 +132,11 @@ def parse_fraction(text: str | float) -> float:
     Raises:
         ValueError: The text is no number or fraction.
     """
-    if isinstance(text, (int, float)):
+    if isinstance(text, Real) and not isinstance(text, bool):
         return float(text)
     try:
         return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from error
 
 

@@ -41,9 +41,9 @@ class PGD(torchattacks.PGD):
         steps: int = 10,
         start: str = "uniform",
     ):
-        check_eps(eps)
-        check_number("alpha", alpha, above=0)
-        check_count("steps", steps)
+        eps = check_eps(eps)
+        alpha = check_number("alpha", alpha, above=0)
+        steps = check_count("steps", steps)
         self.start = check_name("start", start, STARTS)
         super().__init__(model, eps=eps, alpha=alpha, steps=steps, random_start=start != "zero")
 
