@@ -46,6 +46,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes: int, in_chans: int = 3, width: int = 32):
         super().__init__()
+        check_count("width", width)
         channels = (in_chans, width, width, 2 * width, 2 * width)
         layers: list[nn.Module] = []
         for i, stride in enumerate((1, 2, 1, 2)):
@@ -67,7 +68,7 @@ def _robustbench_resnet(block: str, blocks: Sequence[int], kind: str = "ResNet",
         from robustbench.model_zoo.architectures import resnet
 
         net = getattr(resnet, kind)(getattr(resnet, block), list(blocks), num_classes=num_classes, **fixed, **kwargs)
-        if (width, in_chans) != (64, 3):
+        if (check_count("width", width), in_chans) != (64, 3):
             _narrow(net, getattr(resnet, block), blocks, width, in_chans, num_classes)
         return net
 
@@ -183,15 +184,15 @@ def create_model(
     Raises:
         ValueError: Unknown name (the nearest ones are named) or numbers out of range.
     """
-    check_count("num_classes", num_classes, at_least=2)
-    check_count("in_chans", in_chans)
+    num_classes = check_count("num_classes", num_classes, at_least=2)
+    in_chans = check_count("in_chans", in_chans)
     build = _cifar_builder(name)
     if build is not None:
         network, own_mean, own_std = build(num_classes, in_chans, **kwargs), (0.0,) * in_chans, (1.0,) * in_chans
     else:
         network, own_mean, own_std = _timm_network(name, num_classes, in_chans, kwargs)
     mean, std = _per_channel("mean", mean, own_mean), _per_channel("std", std, own_std)
-    if min(std) <= 0:
+    if not all(s > 0 for s in std):
         raise ValueError(f"std must be positive, got {std}")
     options = {key: value for key, value in kwargs.items() if key not in _NOT_IN_RECIPE}
     recipe = {"name": name, "num_classes": num_classes, "mean": mean, "std": std, "in_chans": in_chans} | options
