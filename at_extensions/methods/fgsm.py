@@ -28,14 +28,14 @@ class FGSMAT(Method):
         model: Classifier of images in [0, 1] that returns logits (B, K).
         eps: Linf radius in (0, 1].
         alpha: Step size; None means the variant's own. Plain FGSM has none.
-        k: Noise radius of N-FGSM in units of eps.
+        k: Noise radius of N-FGSM in units of eps; None means 2. The other variants have none.
         variant: ``"n"``, ``"rs"`` or ``"plain"``.
         attack: Any torchattacks attack on ``model`` instead; the other attack options are then unused.
         batchnorm: ``"eval"`` or ``"train"`` during the attack, as in ``Method``.
         seed: Where the stream of random starts begins.
 
     Raises:
-        ValueError: A number out of range, an unknown variant, or a step size for plain FGSM.
+        ValueError: A number out of range, an unknown variant, or a number that the variant does not have.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FGSMAT(Method):
         *,
         eps: float = 8 / 255,
         alpha: float | None = None,
-        k: float = 2.0,
+        k: float | None = None,
         variant: str = "n",
         attack: Attack | None = None,
         batchnorm: str = "eval",
@@ -54,13 +54,15 @@ class FGSMAT(Method):
         super().__init__(model, attack, batchnorm=batchnorm, seed=seed)
 
 
-def _attack(model: nn.Module, variant: str, eps: float, alpha: float | None, k: float) -> Attack:
+def _attack(model: nn.Module, variant: str, eps: float, alpha: float | None, k: float | None) -> Attack:
     check_name("variant", variant, VARIANTS)
     check_eps(eps)
     if alpha is not None:
         check_number("alpha", alpha, above=0)
     if variant == "n":
-        return NFGSM(model, eps, alpha, k)
+        return NFGSM(model, eps, alpha, 2.0 if k is None else k)
+    if k is not None:
+        raise ValueError(f"k is N-FGSM's noise radius; variant {variant!r} takes none")
     if variant == "rs":
         return torchattacks.FFGSM(model, eps=eps, alpha=1.25 * eps if alpha is None else alpha)
     if alpha not in (None, eps):
