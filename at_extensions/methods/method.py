@@ -123,5 +123,5 @@ def create_method(name: str, model: nn.Module, *, offered: dict | None = None, *
     known = [p for p in inspect.signature(factory).parameters if p != "model"]
     for option in options:
         if option not in known:
-            raise unknown_name(f"{name} option", option, known)
+            raise unknown_name(f"option of method {name!r}", option, known)
     return factory(model, **{key: value for key, value in (offered or {}).items() if key in known} | options)
