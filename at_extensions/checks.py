@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     if close:
         hint = "did you mean " + " or ".join(repr(c) for c in close) + "?"
     else:
-        hint = "known: " + ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        hint = "known: " + (", ".join(known[:20]) or "none") + (", ..." if len(known) > 20 else "")
     return ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
