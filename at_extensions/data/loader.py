@@ -164,7 +164,7 @@ class MemoryLoader(BatchLoader):
         return CropFlip.draw(n, height, flip=flip, generator=self.generator, device=self.device)
 
     def _batch(self, order: Tensor, crops: CropFlip | None, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        index = order[part].clone()
+        index = order[part]
         images = self._images.index_select(0, index)
         if crops is not None:
             images = crops.apply(images, part.start)
