@@ -95,10 +95,10 @@ class DEAT(Optimizer):
             ValueError: An option is outside its range.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_lr(self.param_groups[-1]["lr"])
-            _check_options(self.param_groups[-1])
-            _check_parameters(self.param_groups[-1]["params"])
+            group.update(_checked_options(group), lr=_checked_lr(group["lr"]))
+            _check_parameters(group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -268,19 +268,19 @@ def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     return list(lists.values())
 
 
-def _check_lr(lr: float | Tensor) -> None:
+def _checked_lr(lr: float | Tensor) -> float | Tensor:
     if not isinstance(lr, Tensor):
-        check_number("lr", lr, above=0)
-    elif lr.numel() != 1:
+        return float(check_number("lr", lr, above=0))
+    if lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
-    else:
-        check_number("lr", float(lr), above=0)
+    check_number("lr", float(lr), above=0)
+    return lr
 
 
-def _check_options(group: dict[str, Any]) -> None:
-    check_number("k1", group["k1"], at_least=0)
-    check_number("k2", group["k2"], at_least=0, below=1)
-    check_number("weight_decay", group["weight_decay"], at_least=0)
+def _checked_options(group: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers among a group's options as Python's own, which every checkpoint format can hold."""
+    bounds = {"k1": {}, "k2": {"below": 1}, "weight_decay": {}}
+    return {name: float(check_number(name, group[name], at_least=0, **bound)) for name, bound in bounds.items()}
 
 
 def _check_parameters(params: list[Tensor]) -> None:
@@ -315,7 +315,7 @@ def _check_state_dict(optimizer: DEAT, state_dict: dict[str, Any]) -> None:
         missing = sorted({"params", *optimizer.defaults} - group.keys())
         if missing:
             raise ValueError(foreign + f"a parameter group lacks {', '.join(map(repr, missing))}")
-        _check_options(group)
+        _checked_options(group)
     sizes = [[len(group["params"]) for group in g] for g in (state_dict["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the state has parameter groups of sizes {sizes[0]}, the optimiser of {sizes[1]}")

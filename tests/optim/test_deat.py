@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -539,6 +540,15 @@ def test_options_out_of_range_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         optimizer.add_param_group({"params": make_params(1), **options})
     assert len(optimizer.param_groups) == 1
+
+
+def test_numbers_of_numpy_become_pythons_so_that_checkpoints_load_without_pickle():
+    optimizer = DEAT(make_params(), np.float64(0.1), np.float32(1), np.int64(0), weight_decay=np.float64(1e-4))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["k1"], group["k2"], group["weight_decay"]) == (0.1, 1, 0, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
