@@ -154,7 +154,8 @@ class MemoryLoader(BatchLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order, crops = self._draw_order(), self._draw_crops()
-        return (self._batch(order, crops, self._share(step)) for step in range(len(self)))
+        for step in range(len(self)):  # drawn at the first next(): progress bars call iter() more often than once
+            yield self._batch(order, crops, self._share(step))
 
     def _draw_crops(self) -> CropFlip | None:
         """Draw an epoch's augmentations in one go."""
@@ -191,7 +192,8 @@ class FolderLoader(BatchLoader):
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # workers' seeds are drawn from it, and would be from the global one
         )
-        return (self._batch(images, part) for images, part in zip(decoded, parts))
+        for images, part in zip(decoded, parts):
+            yield self._batch(images, part)
 
     def _batch(self, images: Tensor, part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.tensor(part).to(self.device, non_blocking=True)

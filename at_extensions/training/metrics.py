@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from at_extensions.attacks import RandomStream, attacking, perturb
+from at_extensions.checks import device_of
+from at_extensions.evaluation.accuracy import count_correct
 from at_extensions.methods import Step
 from at_extensions.training.distributed import add_over_ranks
 
@@ -67,7 +68,7 @@ def validate(
 
     Args:
         model: What is measured; comes back as it was.
-        batches: Yields (images, labels, ...).
+        batches: Yields (images, labels, ...), each time it is iterated over: a loader or a list.
         attack: A torchattacks attack on ``model``.
         precision: ``"fp32"`` or ``"bf16"``.
         seed: Of the attack's random starts.
@@ -75,21 +76,12 @@ def validate(
     Returns:
         ``val_clean_accuracy`` and, with an attack, ``val_robust_accuracy``, in [0, 1].
     """
-    stream = RandomStream(seed)
-    counts: Tensor | None = None
-    for x, y, *_ in batches:
-        with attacking(model), autocast(x.device, precision):
-            with torch.no_grad():
-                clean = (model(x).argmax(1) == y).sum()
-            robust = torch.zeros_like(clean)
-            if attack is not None:
-                x_adv = perturb(attack, x, y, stream=stream)
-                with torch.no_grad():
-                    robust = (model(x_adv).argmax(1) == y).sum()
-        row = torch.stack([clean, robust, torch.full_like(clean, len(y))])
-        counts = row if counts is None else counts + row
-    if counts is None:
+    with autocast(device_of(model), precision):
+        counts = [count_correct(model, batches)]
+        if attack is not None:
+            counts.append(count_correct(model, batches, attack=attack, seed=seed))
+    totals = add_over_ranks(torch.stack(counts)).tolist()
+    if totals[0][1] == 0:
         raise ValueError("the validation loader is empty")
-    clean, robust, images = add_over_ranks(counts).tolist()
-    result = {"val_clean_accuracy": clean / images}
-    return result | ({} if attack is None else {"val_robust_accuracy": robust / images})
+    names = ("val_clean_accuracy", "val_robust_accuracy")
+    return {name: right / images for name, (right, images) in zip(names, totals, strict=False)}

@@ -47,7 +47,10 @@ def train(
     val_fraction: float = 0.1,
     val_steps: int = 10,
     imbalance_ratio: float | None = None,
+    imbalance_kind: str = "exp",
     label_noise: float | None = None,
+    label_noise_kind: str = "uniform",
+    image_size: int | None = None,
     train_size: int | None = None,
     precision: str = "fp32",
     channels_last: bool = True,
@@ -66,8 +69,8 @@ def train(
 
     Args:
         out: The run directory.
-        data: digits, cifar10, cifar100, svhn, or npz:PATH (arrays train_images, train_labels, test_images and
-            test_labels).
+        data: digits, cifar10, cifar100, svhn, npz:PATH (arrays train_images, train_labels, test_images and
+            test_labels) or folder:PATH (a folder a class, in train and val or test).
         root: Folder that holds the data set, in torchvision's layout.
         model: A name of at_extensions.list_models(): small_cnn, preact_resnet18, wide_resnet_28_10, timm's, ...
         model_options: More options of the architecture, such as {"width": 16}.
@@ -91,7 +94,10 @@ def train(
         val_fraction: Share of the training data that chooses the best epoch; 0 trains without validation.
         val_steps: PGD steps of the validation attack (step size 2.5 eps / steps).
         imbalance_ratio: Smallest over largest class, for a long-tailed training set.
+        imbalance_kind: exp (each class a fixed share of the one before) or step (half of the classes are small).
         label_noise: Share of training labels drawn anew at random.
+        label_noise_kind: uniform (over all classes) or other (never the true one).
+        image_size: Side in pixels to which the images of a folder are brought.
         train_size: Train on that many images, as evenly over the classes as they allow.
         precision: fp32 or bf16.
         channels_last: Memory format of convolutions and images.
@@ -118,8 +124,10 @@ def train(
         root=root,
         val_fraction=val_fraction,
         imbalance_ratio=imbalance_ratio,
-        label_noise=label_noise,
+        imbalance_kind=imbalance_kind,
+        label_noise=None if label_noise is None else (label_noise, label_noise_kind),
         seed=data_seed,
+        image_size=image_size,
     )
     if train_size is not None:
         splits.train = splits.train.subset(train_size, seed=data_seed)
@@ -197,7 +205,8 @@ def _loaders(settings: dict, splits: Splits, device: torch.device):
 def _config(settings: dict, net: nn.Module, splits: Splits, eps: float) -> dict:
     """Return what ``config.yaml`` says, grouped by what it is about; where it came from is left out."""
     groups = {
-        "data": ("data", "root", "val_fraction", "imbalance_ratio", "label_noise", "train_size", "data_seed"),
+        "data": ("data", "root", "val_fraction", "imbalance_ratio", "imbalance_kind", "label_noise",
+                 "label_noise_kind", "image_size", "train_size", "data_seed"),
         "method": ("method", "alpha", "steps", "method_options"),
         "training": ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup",
                      "milestones", "augment", "val_steps", "precision", "channels_last", "compile", "ema",
