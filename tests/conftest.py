@@ -85,7 +85,7 @@ def _untouched(model, *, but=(), tracer=True):
 
 @pytest.fixture(scope="session")
 def untouched():
-    """Return a context: ``with untouched(model): ...`` fails if anything but ``but=("buffers", ...)`` is changed.
+    """Return a context that fails where its block changes anything but what ``but=("buffers", ...)`` names.
 
     Compared, also after an exception: weights, buffers, gradients, ``requires_grad``, modes, plain attributes, hooks,
     the random states of torch, NumPy and Python, global switches, warning filters and the tracer.
