@@ -1,0 +1,419 @@
+"""A frozen twin of a model in eval mode, BatchNorm folded into the convolutions before it, for attacks to search on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from at_extensions.checks import check_model, device_of
+
+_log = logging.getLogger(__name__)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def fold_batchnorm(model: nn.Module, *, channels_last: bool | None = None) -> FoldedTwin | None:
+    """Build the folded twin of a model, or return None where no BatchNorm of it can be folded.
+
+    In eval mode BatchNorm is an affine map of each channel, so one that directly follows a convolution vanishes into it
+    (Jacob et al. 2018, arXiv 1712.05877, section 3.2):
+
+        w' = gamma / sqrt(var + eps) w,    b' = gamma / sqrt(var + eps) (b - mean) + beta
+
+    A pair is folded only where a trace of the model shows that the convolution's output goes to that BatchNorm and
+    nowhere else, that both run once a forward pass, and that nobody hooks, parametrizes or reads them otherwise. The
+    model itself is not changed in any way. Why nothing was folded goes to this module's logger, level INFO.
+
+    Args:
+        model: Any classifier; in train or in eval mode, which stays as it is.
+        channels_last: Whether the twin computes in channels_last. None: on a CPU, where it is the faster layout, and
+            wherever the model's own weights are in it.
+
+    Returns:
+        The twin, up to date with the model's present weights, or None.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    check_model(model)
+    try:
+        twin = FoldedTwin(model, channels_last=channels_last)
+    except Exception as error:  # whatever a foreign model's copy or trace may raise: it then runs as it is
+        _log.info("%s is not folded: %s: %s", type(model).__name__, type(error).__name__, error)
+        return None
+    if not twin.folded:
+        _log.info("%s is not folded: no BatchNorm directly follows a convolution", type(model).__name__)
+        return None
+    return twin
+
+
+class FoldedTwin(nn.Module):
+    """What ``fold_batchnorm`` returns: maps images to the logits, and input gradients, of the model in eval mode.
+
+    Call ``refresh()`` after the model's weights, running statistics, device or dtype changed: once a training step,
+    under the autocast that the attack will run under. Its cost is one multiplication of the weights by their scales;
+    nothing waits for the device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
+    none, and the twin then runs under that autocast wherever it is called.
+
+    Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
+    of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
+    were when the twin was built. Keep a twin out of other modules' attributes (in a list, say): its parameters, which
+    require no gradient, would enter their state dict. It is always in eval mode.
+
+    Attributes:
+        network: The model's copy that runs.
+        folded: How many BatchNorms were folded.
+    """
+
+    def __init__(self, model: nn.Module, *, channels_last: bool | None = None):
+        super().__init__()
+        self._model = [model]  # in a list: a reference, not a submodule
+        self._channels_last = channels_last
+        self._autocast: torch.dtype | None = None
+        self._build()
+        self.refresh()
+
+    @property
+    def folded(self) -> int:
+        """How many BatchNorms vanished into a convolution."""
+        return len(self._folds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
+        if self._layout is torch.channels_last and x.ndim == 4:
+            x = _ChannelsLast.apply(x)
+        with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            return self.network(x)
+
+    @torch.no_grad()
+    def refresh(self) -> FoldedTwin:
+        """Take over the model's present weights, running statistics and device; returns the twin itself."""
+        if self._is_stale():
+            self._build()
+        device = device_of(self._model[0])
+        self._autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        self._layout = torch.channels_last if self._wants_channels_last(device) else torch.preserve_format
+        with torch.autocast(device.type, enabled=False):
+            for shared in self._shared:
+                self._share(shared)
+            for fold in self._folds:
+                self._fold(fold)
+        return self
+
+    def train(self, mode: bool = True) -> FoldedTwin:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        """Say how many BatchNorms were folded."""
+        return f"folded={self.folded}"
+
+    def _build(self) -> None:
+        model = self._model[0]
+        network = _copy_sharing_tensors(model).eval()
+        live = dict(zip(network.modules(), model.modules(), strict=True))
+        trace = _trace(network)
+        pairs = _foldable_pairs(network, trace)
+        for norm in [m for m in network.modules() if type(m) in (*_PLAIN_NORMS, *_foldable_norms())]:
+            if "forward" not in vars(norm) and norm.running_mean is not None:
+                norm.__class__ = _EvalNorm  # by class, not by a new module: whoever else holds the norm sees it too
+        for conv, norm in pairs:
+            norm.__class__ = _FoldedNorm
+            conv.weight, conv.bias = (nn.Parameter(torch.empty(0), requires_grad=False) for _ in range(2))
+        self.network = network
+        self._own: set[nn.Parameter] = set()  # those whose memory is not the model's
+        self._modules_seen = list(live.values())
+        self._folds = [_Fold(live[conv], live[norm], conv, trace.lowers(conv)) for conv, norm in pairs]
+        folded = {conv for conv, _ in pairs}
+        self._shared = [
+            _Shared(live[module], module, _is_exactly(module, _LOWERED) and trace.lowers(module))
+            for module in network.modules()
+            if module not in folded and (module._parameters or module._buffers)
+        ]
+
+    def _is_stale(self) -> bool:
+        """Whether modules of the model were exchanged, or a folded one got a hook, since the twin was built."""
+        seen = self._modules_seen
+        now = list(self._model[0].modules())
+        return (
+            len(now) != len(seen)
+            or any(a is not b for a, b in zip(now, seen))
+            or any(_is_hooked(fold.conv) or _is_hooked(fold.norm) for fold in self._folds)
+        )
+
+    def _wants_channels_last(self, device: torch.device) -> bool:
+        if self._channels_last is not None:
+            return self._channels_last
+        return device.type == "cpu" or any(
+            w.ndim == 4 and not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
+            for w in self._model[0].parameters()
+        )
+
+    def _share(self, shared: _Shared) -> None:
+        live, twin, lowers = shared
+        for name, buffer in live._buffers.items():
+            twin._buffers[name] = buffer
+        for name, parameter in live._parameters.items():
+            if parameter is not None:
+                self._place(twin._parameters[name], parameter.detach(), lowers)
+
+    def _dtype(self, value: Tensor, lowers: bool) -> torch.dtype:
+        """Return the dtype that autocast would compute in; it leaves float64 alone."""
+        return self._autocast if lowers and self._autocast and value.dtype is not torch.float64 else value.dtype
+
+    def _place(self, held: nn.Parameter, value: Tensor, lowers: bool) -> None:
+        """Share a value's memory, or write it into memory of the twin's own where dtype or layout differ."""
+        dtype = self._dtype(value, lowers)
+        layout = self._layout if value.ndim == 4 else torch.preserve_format
+        if dtype == value.dtype and (layout is torch.preserve_format or value.is_contiguous(memory_format=layout)):
+            held.data = value
+            self._own.discard(held)
+        else:
+            self._memory(held, value, dtype, layout).copy_(value)
+
+    def _memory(self, held: nn.Parameter, like: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+        """Return the memory of the twin's own that a parameter has; made anew when it does not fit."""
+        fits = held in self._own and (held.dtype, held.device, held.shape) == (dtype, like.device, like.shape)
+        if not fits or (layout is torch.channels_last and not held.is_contiguous(memory_format=layout)):
+            held.data = torch.empty_like(like, dtype=dtype, memory_format=layout)
+            self._own.add(held)
+        return held.data
+
+    def _fold(self, fold: _Fold) -> None:
+        conv, norm, twin, lowers = fold
+        dtype = self._dtype(conv.weight, lowers)
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+        bias = -shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale, value=-1)
+        weight = self._memory(twin.weight, conv.weight, dtype, self._layout)
+        torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=weight)
+        self._memory(twin.bias, bias, dtype, torch.preserve_format).copy_(bias)
+
+
+class _Fold(NamedTuple):
+    """A convolution and the BatchNorm after it in the model, and the twin's convolution that stands for both.
+
+    ``lowers``: autocast computes it in its own dtype.
+    """
+
+    conv: nn.Module
+    norm: nn.Module
+    twin: nn.Module
+    lowers: bool
+
+
+class _Shared(NamedTuple):
+    """Another module of the model and its copy; ``lowers`` as above."""
+
+    live: nn.Module
+    twin: nn.Module
+    lowers: bool
+
+
+_LOWERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _foldable_norms() -> tuple[type, ...]:
+    """Return the BatchNorms of images whose forward is known: torch's, and timm's with its activation inside."""
+    return nn.BatchNorm2d, nn.SyncBatchNorm, *_loaded("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def _foldable_convs() -> tuple[type, ...]:
+    """Return the convolutions that are linear in their weight: torch's, and timm's that pads as TensorFlow does."""
+    return nn.Conv2d, *_loaded("timm.layers.conv2d_same", "Conv2dSame")
+
+
+def _loaded(module: str, name: str) -> tuple[type, ...]:
+    """Return a class of a package, if somebody has imported it."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _is_exactly(module: nn.Module, types: tuple[type, ...]) -> bool:
+    """Whether a module is of one of these very types, and nobody hooks, overrides or reparametrizes it."""
+    parameters = module._parameters.values()
+    return (
+        type(module) in types
+        and not _is_hooked(module)
+        and "forward" not in vars(module)
+        and "weight" in module._parameters
+        and all(p is None or type(p) is nn.Parameter for p in parameters)
+    )
+
+
+def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """Copy a model's modules; its hooks and the memory of its parameters stay shared, its buffers are cloned."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "_hooks" in name:
+                memo[id(value)] = value
+            elif isinstance(value, Tensor):
+                memo[id(value)] = value.detach()
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().clone()  # a trace may write into one; refresh() shares them
+    return copy.deepcopy(model, memo)
+
+
+class _Tracer(fx.Tracer):
+    """Records which module's output goes where; looks inside containers of modules ``of_interest`` alone.
+
+    Attributes:
+        read: Ids of the tensors that are read outside the module they belong to.
+        lowered: Modules seen to run under autocast.
+        full_precision: Modules seen to run where the model has switched it off.
+    """
+
+    def __init__(self, device: torch.device, of_interest: tuple[type, ...]):
+        super().__init__()
+        self.device = device
+        self.of_interest = of_interest
+        self.read: set[int] = set()
+        self.lowered: set[nn.Module] = set()
+        self.full_precision: set[nn.Module] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node of the graph; where a hook would see what goes in or out, all of it is."""
+        if isinstance(m, (_ConvNd, _BatchNorm)) or _is_hooked(m):
+            return True
+        return not any(isinstance(inner, self.of_interest) for inner in m.modules())
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
+        """Note whether autocast is on."""
+        (self.lowered if torch.is_autocast_enabled(self.device.type) else self.full_precision).add(m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict) -> object:
+        """Note that a tensor was read."""
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _Trace(NamedTuple):
+    """A forward pass: its graph, how often each module runs, and what the tracer noted."""
+
+    graph: fx.Graph
+    calls: Counter[nn.Module]
+    tracer: _Tracer
+
+    def is_read(self, module: nn.Module) -> bool:
+        """Whether others read the module's tensors."""
+        return any(id(t) in self.tracer.read for t in chain(module.parameters(), module.buffers()))
+
+    def lowers(self, module: nn.Module) -> bool:
+        """Whether autocast casts the module's weights, and nobody else would see them cast."""
+        return module in self.tracer.lowered - self.tracer.full_precision and not self.is_read(module)
+
+
+def _trace(network: nn.Module) -> _Trace:
+    if "forward" in vars(network):
+        raise ValueError("its forward was replaced on the instance, which a trace does not follow")
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(network.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    device = device_of(network)
+    # a forward that draws random numbers would draw them now
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.autocast(device.type):
+        try:
+            tracer = _Tracer(device, (_ConvNd, _BatchNorm))
+            graph = tracer.trace(network, defaults or None)
+        except Exception:  # control flow on values: it may lie in a head that holds convolutions but no BatchNorm
+            tracer = _Tracer(device, (_BatchNorm,))
+            graph = tracer.trace(network, defaults or None)
+    called = [network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"]
+    return _Trace(graph, Counter(inner for module in called for inner in module.modules()), tracer)
+
+
+def _foldable_pairs(network: nn.Module, trace: _Trace) -> list[tuple[nn.Module, nn.Module]]:
+    """Return (convolution, BatchNorm) wherever the one feeds the other and nothing else."""
+    convs, norms = _foldable_convs(), _foldable_norms()
+    pairs = []
+    for node in trace.graph.nodes:
+        source = node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        conv, norm = network.get_submodule(source.target), network.get_submodule(node.target)
+        if (
+            _is_exactly(conv, convs)
+            and _is_exactly(norm, norms)
+            and trace.calls[conv] == trace.calls[norm] == 1
+            and not (trace.is_read(conv) or trace.is_read(norm))
+            and norm.running_mean is not None
+            and norm.num_features == conv.out_channels
+        ):
+            pairs.append((conv, norm))
+    return pairs
+
+
+class _FoldedNorm(_BatchNorm):
+    """A BatchNorm that is part of the convolution before it; what timm's does after it stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _activate(self, x)
+
+
+class _EvalNorm(_BatchNorm):
+    """A BatchNorm in eval mode whose weights need no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            x = _EvalBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return _activate(self, x)
+
+
+def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm.act(norm.drop(x)) if "act" in norm._modules else x
+
+
+class _EvalBatchNorm(torch.autograd.Function):
+    """BatchNorm in eval mode; on the CPU torch's own backward also sums over the batch for the weights' gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # dx = gamma / sqrt(var + eps) grad: a BatchNorm without mean and shift
+        var, weight = ctx.saved_tensors
+        grad = F.batch_norm(grad, torch.zeros_like(var), var, weight, None, False, 0.0, ctx.eps)
+        return grad, None, None, None, None, None
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """The same images in channels_last, and their gradient in the usual layout, which attacks may ``view``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()
