@@ -1,5 +1,99 @@
 """Serve a module called ``autoattack`` where none is installed, so that robustbench imports as it is."""
 
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_HOME = "at_extensions.evaluation.served"  # upstream's interface over our driver; named here, imported at first use
+_REST = "pyautoattack"  # the attacks themselves, module for module as upstream has them
+
 
 def serve_autoattack() -> None:
-    """Append the finder that serves ``autoattack``; does nothing if it is there already."""
+    """Append the finder that serves ``autoattack``; does nothing if it is there already.
+
+    The finder is the last on ``sys.meta_path``, so an installed ``autoattack`` wins by itself. Nothing is loaded before
+    somebody imports ``autoattack``. What is then served: ``autoattack``, ``autoattack.autoattack`` and
+    ``autoattack.state`` are ours, with upstream's interface; ``autoattack.autopgd_base``, ``fab_pt``, ``square`` and
+    the other modules of attacks hold what ``pyautoattack`` has.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def backend() -> str:
+    """Return the package whose attacks are run: a real ``autoattack`` where one is installed, else ``pyautoattack``."""
+    spec = importlib.util.find_spec("autoattack")
+    return _REST if spec is None or isinstance(spec.loader, _Copy) else "autoattack"
+
+
+def backend_version() -> str:
+    """Return the backend's name and version, such as ``"pyautoattack 0.2.0"``."""
+    try:
+        return f"{backend()} {importlib.metadata.version(backend())}"
+    except importlib.metadata.PackageNotFoundError:  # on the path without being installed
+        return backend()
+
+
+def attack_module(name: str) -> ModuleType:
+    """Import the backend's module ``name``: ``"autopgd_base"``, ``"fab_pt"``, ``"square"`` or ``"other_utils"``."""
+    return import_module(f"{backend()}.{name}")
+
+
+class _Finder(MetaPathFinder):
+    """Finds ``autoattack`` and its modules for those that every other finder left unfound."""
+
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
+        package, _, rest = fullname.partition(".")
+        if package != "autoattack":
+            return None
+        if not rest:
+            return ModuleSpec(fullname, _Copy(_HOME), is_package=True)
+        if not isinstance(getattr(sys.modules[package].__spec__, "loader", None), _Copy):
+            return None  # a module that the real package lacks
+        for home in (f"{_HOME}.{rest}", f"{_REST}.{rest}"):
+            if _exists(home):
+                return ModuleSpec(fullname, _Copy(home))
+        return None
+
+
+class _Copy(Loader):
+    """Fills a module with what another one holds."""
+
+    def __init__(self, home: str):
+        self.home = home
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave the making of the module to the import system."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        home = import_module(self.home)
+        module.__doc__ = home.__doc__
+        names = getattr(home, "__all__", [name for name in vars(home) if not name.startswith("__")])
+        module.__dict__.update({name: getattr(home, name) for name in names})
+        if module.__spec__.submodule_search_locations is not None:
+            module.__getattr__ = _submodule_of(module.__name__)
+
+
+def _submodule_of(package: str):
+    """A module's ``__getattr__`` that imports ``package.name``: upstream's package loads its modules by itself."""
+
+    def load(name: str) -> ModuleType:
+        try:
+            return import_module(f"{package}.{name}")
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}") from error
+
+    return load
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is no package
+        return False

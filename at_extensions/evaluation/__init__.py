@@ -1,1 +1,9 @@
-"""Robust accuracy through AutoAttack."""
+"""Robust accuracy through AutoAttack, and accuracy under any torchattacks attack."""
+
+from at_extensions.evaluation.accuracy import accuracy, count_correct
+from at_extensions.evaluation.autoattack import evaluate
+from at_extensions.evaluation.flags import Flag
+from at_extensions.evaluation.report import Examples, RobustnessReport
+from at_extensions.evaluation.run import evaluate_run
+
+__all__ = ["Examples", "Flag", "RobustnessReport", "accuracy", "count_correct", "evaluate", "evaluate_run"]

@@ -1,0 +1,111 @@
+"""Accuracy on clean images, or under any torchattacks attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchattacks.attack import Attack
+
+from at_extensions.attacks import RandomStream, attacking, check_attack, perturb
+from at_extensions.checks import check_count, check_logits, check_model, device_of
+from at_extensions.evaluation.isolation import random_state_kept
+from at_extensions.evaluation.samples import Samples
+
+
+def accuracy(
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None = None,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> float:
+    """Return the share of samples that the model, in eval mode, classifies rightly, as they are or under an attack.
+
+    The model and the global random state are left as they were.
+
+    Args:
+        model: Classifier of images in [0, 1].
+        data: Images (N, C, H, W) in [0, 1]; a map-style dataset of (image, label); or an iterable of batches
+            (images (B, C, H, W), labels (B,), ...), such as a loader.
+        labels: Class numbers (N,), for images that come as a tensor.
+        attack: A torchattacks attack on this model; None measures clean accuracy.
+        batch_size: Samples a batch, where ``data`` does not come in batches.
+        seed: Of the attack's random draws: the same call gives the same number.
+
+    Raises:
+        TypeError: Arguments of the wrong type.
+        ValueError: Images or labels out of range, an attack on another model, no samples.
+    """
+    right, total, foreign = _count(model, data, labels, attack, batch_size, seed).tolist()
+    if total == 0:
+        raise ValueError("the data holds no samples")
+    if foreign:
+        raise ValueError(f"{foreign} labels are no class numbers of the model; they must lie in [0, K) for K logits")
+    return right / total
+
+
+def count_correct(
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None = None,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+) -> Tensor:
+    """Return how many samples are classified rightly, and how many there are, as a tensor (2,) on the model's device.
+
+    Arguments as in ``accuracy``. Nothing waits for the device, and the counts of several processes can be added up.
+    """
+    return _count(model, data, labels, attack, batch_size, seed)[:2]
+
+
+def _count(
+    model: nn.Module, data: Any, labels: Tensor | None, attack: Attack | None, batch_size: int, seed: int
+) -> Tensor:
+    """Samples classified rightly, samples, and labels that the model has no logit for (3,)."""
+    device = device_of(check_model(model))
+    check_count("batch_size", batch_size)
+    if attack is not None:
+        check_attack(attack, model)
+    stream = RandomStream(seed)
+    counts = torch.zeros(3, dtype=torch.long, device=device)
+    with random_state_kept(), attacking(model), torch.no_grad():
+        for x, y in _batches(data, labels, batch_size):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if attack is not None:
+                x = perturb(attack, x, y, stream=stream)
+            logits = check_logits(model(x), len(x))
+            counts[0] += (logits.argmax(1) == y).sum()
+            counts[1] += len(y)
+            counts[2] += ((y < 0) | (y >= logits.shape[1])).sum()
+    return counts
+
+
+def _batches(data: Any, labels: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(data, Tensor) or _is_dataset(data):
+        samples = Samples(data, labels)
+        for rows in torch.arange(len(samples)).split(batch_size):
+            yield samples.fetch(rows)
+        return
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be a tensor of images, a dataset or batches, got {type(data).__name__}")
+    if labels is not None:
+        raise TypeError("labels go with a tensor of images; batches bring their own")
+    for x, y, *_ in data:
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"a batch of {len(x)} images came with labels of shape {tuple(y.shape)}")
+        yield x, y
+
+
+def _is_dataset(data: Any) -> bool:
+    """Whether items are samples; a list of batches can be asked for its items too."""
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
+        return False
+    image = data[0][0]
+    return not (isinstance(image, Tensor) and image.ndim == 4)

@@ -1,0 +1,234 @@
+"""Evaluate a model by AutoAttack, in numbered batches that resume, shard and leave nothing behind."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from at_extensions.attacks import attacking
+from at_extensions.checks import check_count, check_eps, check_model, check_name, check_norm, device_of
+from at_extensions.evaluation import flags as signs
+from at_extensions.evaluation.driver import Clean, Driver, Listener, Verdicts, clean_pass
+from at_extensions.evaluation.flags import Flag
+from at_extensions.evaluation.isolation import isolated
+from at_extensions.evaluation.report import Examples, RobustnessReport, summary
+from at_extensions.evaluation.samples import Samples
+from at_extensions.evaluation.sharding import Ranks, sharing
+from at_extensions.evaluation.state import Batch, Store, weights_digest
+from at_extensions.evaluation.suite import (
+    ATTACKS,
+    VERSIONS,
+    apply_version,
+    by_name,
+    check_usable,
+    defined_for,
+    make_attackers,
+    settings,
+)
+from at_extensions.upstream import backend_version
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None = None,
+    *,
+    norm: str = "Linf",
+    eps: float,
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    n_examples: int | None = None,
+    precision: str = "fp32",
+    state_dir: str | Path | None = None,
+    class_counts: Sequence[int] | None = None,
+    keep_examples: int = 8,
+    shard: bool = True,
+    progress: bool = True,
+) -> RobustnessReport:
+    """Evaluate a model by AutoAttack (Croce & Hein 2020, arXiv 2003.01690).
+
+    The model is evaluated in eval mode where it is; its modes, parameters, gradients and buffers, the global random
+    generators and the tracer are left as they were. AutoAttack's attacks search batch by batch; an adversarial example
+    counts when the model as given, in float32, is fooled by it and it lies in the eps-ball and in [0, 1]. Batch b draws
+    its random numbers from ``seed + b``, so the same call on the same machine gives the same verdicts.
+
+    Args:
+        model: Classifier of images in [0, 1] that returns logits (B, K), in float32.
+        data: Images (N, C, H, W) in [0, 1], or a map-style dataset of (image, label); it is read in batches, so memory
+            does not grow with its size.
+        labels: Class numbers (N,), for images that come as a tensor.
+        norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
+        eps: Radius: in (0, 1] for Linf (8/255, say), any positive number for L2 and L1.
+        version: AutoAttack's ``"standard"``, ``"plus"`` or ``"rand"``, or ``"custom"``.
+        attacks: For ``"custom"``: some of ``"apgd-ce"``, ``"apgd-dlr"``, ``"fab"``, ``"square"``, ``"apgd-t"``,
+            ``"fab-t"``, in the order to run them, each with the standard version's settings.
+        seed: Start of the random draws.
+        batch_size: Samples a batch; None takes 250, fewer for images larger than 64 x 64.
+        n_examples: Evaluate a random subset of this many, drawn by ``seed``; None takes all.
+        precision: ``"fp32"``, or ``"bf16"`` to search in bf16 and verify in fp32.
+        state_dir: A folder for finished batches: a run that was stopped goes on from there and ends with the verdicts
+            that it would have had.
+        class_counts: Training samples of each class (K,), to report accuracy on head, medium and tail classes.
+        keep_examples: How many broken samples the report's ``examples`` hold at most.
+        shard: Deal the batches over the processes where a torch.distributed job runs or ``torchrun`` started this one;
+            every process then makes this call and gets the same report. False evaluates on this process alone.
+        progress: Show a bar for each attack where the output is a terminal.
+
+    Returns:
+        Accuracies, verdicts by sample, and what a reader must know about them.
+
+    Raises:
+        TypeError: Arguments of the wrong type.
+        ValueError: eps, images or labels out of range, unknown names, a model that does not return logits (B, K) in
+            float32, a ``state_dir`` that belongs to another evaluation.
+    """
+    eps = check_eps(eps, check_norm(norm))
+    check_name("precision", precision, PRECISIONS)
+    check_count("keep_examples", keep_examples, at_least=0)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    attacks = _attack_names(check_name("version", version, VERSIONS), attacks)
+    device = device_of(_check_float32(check_model(model)))
+    samples = Samples(data, labels, n_examples=n_examples, seed=check_count("seed", seed, at_least=0))
+    with sharing(shard) as ranks, isolated(device), attacking(model), torch.no_grad():
+        torch.manual_seed(seed)  # for models that draw random numbers themselves
+        batch_size = batch_size or default_batch_size(samples)
+        clean = clean_pass(model, samples, batch_size, device, ranks)
+        _check_class_counts(class_counts, clean.num_classes)
+        suite, few_classes = _suite(version, attacks, norm, eps, clean.num_classes, device)
+        x, y = (t.to(device) for t in samples.read(torch.arange(min(batch_size, len(samples)))))
+        flags = [few_classes, *signs.inspect(check_usable(suite, model, x), x, y, version=version)]
+        store = Store(state_dir)
+        _claim(store, ranks, model, samples, suite, norm=norm, eps=eps, seed=seed, batch_size=batch_size,
+               precision=precision)  # fmt: skip
+        driver = Driver(
+            model, samples, suite, norm, eps, seed_of=lambda number: seed + number, batch_size=batch_size,
+            device=device, store=store, ranks=ranks, keep=keep_examples,
+            listener=_Bars() if progress and ranks.rank == 0 else None,
+        )  # fmt: skip
+        verdicts = driver.run(clean)
+        examples = _examples(samples, clean, verdicts)
+    flags += [signs.zero_gradients(verdicts.zero_gradients), signs.square_improves(verdicts.after_attack)]
+    return RobustnessReport(
+        norm=norm,
+        eps=eps,
+        version=version,
+        seed=seed,
+        **summary(clean.labels, clean.correct, verdicts.robust, clean.num_classes, class_counts),
+        after_attack=verdicts.after_attack,
+        flags=[flag for flag in flags if flag is not None],
+        settings={name: settings(attack) for name, attack in suite.items()},
+        versions=_versions(),
+        device=_device_name(device),
+        precision=precision,
+        batch_size=batch_size,
+        seconds=clean.seconds + sum(verdicts.seconds.values()),
+        attack_seconds=verdicts.seconds,
+        indices=None if samples.all else samples.indices.tolist(),
+        examples=examples,
+    )
+
+
+def default_batch_size(samples: Samples) -> int:
+    """Return how many samples a batch holds if nobody says: AutoAttack's 250, fewer for images beyond 64 x 64."""
+    images, _ = samples.read(torch.zeros(1, dtype=torch.long))
+    return max(1, min(250, 250 * 3 * 64 * 64 // images.numel()))
+
+
+def _attack_names(version: str, attacks: Sequence[str] | None) -> tuple[str, ...]:
+    if (version == "custom") != (attacks is not None):
+        raise ValueError('attacks= goes with version="custom", which needs it; the other versions bring their own')
+    if attacks is None:
+        return VERSIONS[version]
+    if isinstance(attacks, str) or not attacks or len(set(attacks)) < len(attacks):
+        raise ValueError(f"attacks must be a list of different names, got {attacks!r}")
+    return tuple(check_name("attack", name, ATTACKS) for name in attacks)
+
+
+def _check_float32(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(f"{name} is {parameter.dtype}; evaluate a float32 model: model.float()")
+    return model
+
+
+def _check_class_counts(class_counts: Sequence[int] | None, num_classes: int) -> None:
+    if class_counts is not None and len(class_counts) != num_classes:
+        raise ValueError(f"got {len(class_counts)} class_counts for a model of {num_classes} classes")
+
+
+def _suite(
+    version: str, attacks: tuple[str, ...], norm: str, eps: float, num_classes: int, device: torch.device
+) -> tuple[dict[str, Any], Flag | None]:
+    """The attack objects by name, and a flag if some are left out because there are so few classes."""
+    names, few_classes = defined_for(attacks, num_classes)
+    if few_classes is not None and version == "custom":
+        raise ValueError(f"attacks that the model's {num_classes} classes leave undefined: {few_classes.message}")
+    attackers = make_attackers(None, norm, eps, device)
+    apply_version(attackers, "standard" if version == "custom" else version, norm)
+    return by_name(attackers, names, num_classes), few_classes
+
+
+def _claim(store: Store, ranks: Ranks, model: nn.Module, samples: Samples, suite: dict[str, Any], **settled) -> None:
+    """Tie the store to this evaluation, and see to it that all processes are at the same one."""
+    if store.directory is None and ranks.world == 1:
+        return
+    attacks = {name: settings(attack) for name, attack in suite.items()}
+    identity = {"weights": weights_digest(model), "data": samples.digest(), "attacks": attacks, **settled}
+    identity["backend"] = backend_version()
+    for rank, theirs in enumerate(ranks.gather(identity)):
+        other = [key for key in identity if theirs[key] != identity[key]]
+        if other:
+            raise ValueError(f"rank {ranks.rank} and rank {rank} evaluate different things: {', '.join(other)}")
+    ranks.together(lambda: store.claim(identity, write=ranks.rank == 0))
+
+
+def _examples(samples: Samples, clean: Clean, verdicts: Verdicts) -> Examples | None:
+    if not verdicts.adversarial:
+        return None
+    rows = torch.tensor([row for row, _ in verdicts.adversarial])
+    return Examples(
+        images=samples.read(rows)[0].cpu(),
+        adversarial=torch.stack([image for _, image in verdicts.adversarial]),
+        labels=clean.labels[rows],
+        clean_predictions=clean.predictions[rows],
+        adversarial_predictions=verdicts.predictions[rows],
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "at-extensions": installed_version("at-extensions"),
+        "autoattack": backend_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class _Bars(Listener):
+    """One bar an attack, with the time left; silent where the output is no terminal."""
+
+    def started(self, attack: str, share: int, done: int) -> None:
+        self.bar = tqdm(total=share + done, initial=done, desc=attack, unit="batch", disable=None)
+
+    def finished_batch(self, attack: str, batch: Batch) -> None:
+        self.bar.update()
+
+    def ended(self, attack: str, verdicts: Verdicts) -> None:
+        self.bar.set_postfix_str(f"{100 * verdicts.after_attack[attack]:.2f} % left")
+        self.bar.close()

@@ -1,0 +1,245 @@
+"""Runs attacks over globally numbered batches of the samples that still stand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from at_extensions.checks import check_labels, check_logits
+from at_extensions.evaluation.flags import Warnings
+from at_extensions.evaluation.samples import Samples
+from at_extensions.evaluation.sharding import Ranks
+from at_extensions.evaluation.state import Batch, Store
+from at_extensions.evaluation.suite import aimed
+from at_extensions.evaluation.verification import fooled
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Clean:
+    """What the model says of the samples as they are.
+
+    Attributes:
+        labels: (N,).
+        predictions: (N,).
+        num_classes: K.
+        seconds: Time it took, summed over the processes.
+    """
+
+    labels: Tensor
+    predictions: Tensor
+    num_classes: int
+    seconds: float
+
+    @property
+    def correct(self) -> Tensor:
+        """Which samples are classified rightly (N,)."""
+        return self.predictions == self.labels
+
+
+@dataclass(eq=False)
+class Verdicts:
+    """What is left after the attacks.
+
+    Attributes:
+        robust: Samples that still stand (N,).
+        predictions: Classes predicted for the adversarial examples, where there are some, or for the images (N,).
+        after_attack: Attack -> share of all samples that stand after it, in order.
+        seconds: Attack -> time it took, summed over its batches.
+        zero_gradients: Samples at which some attack met a gradient of zero, as the worst attack had it.
+        searched_again: Attack -> samples that the fast model could not settle.
+        adversarial: (row, adversarial image) of the first samples that fell, or of all.
+    """
+
+    robust: Tensor
+    predictions: Tensor
+    after_attack: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    zero_gradients: int = 0
+    searched_again: dict[str, int] = field(default_factory=dict)
+    adversarial: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+class Listener:
+    """Hears how a run goes on; this one does nothing."""
+
+    def started(self, attack: str, share: int, done: int) -> None:
+        """``attack`` starts: this process has ``share`` batches before it, ``done`` are finished already."""
+
+    def finished_batch(self, attack: str, batch: Batch) -> None:
+        """This process has finished a batch."""
+
+    def ended(self, attack: str, verdicts: Verdicts) -> None:
+        """``attack`` is over on every process."""
+
+
+def clean_pass(model: Predict, samples: Samples, batch_size: int, device: torch.device, ranks: Ranks) -> Clean:
+    """Classify every sample as it is; each process takes its share of the batches.
+
+    Raises:
+        ValueError: Logits that are not (B, K) or not finite, labels out of range.
+    """
+    chunks = torch.arange(len(samples)).split(batch_size)
+
+    def work() -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, bytes], int | None, float]:
+        start, answers, num_classes = time.perf_counter(), {}, None
+        for number in range(ranks.rank, len(chunks), ranks.world):
+            x, y = samples.read(chunks[number])
+            logits = check_logits(model(x.to(device)), len(x), num_classes)
+            num_classes = logits.shape[1]
+            check_labels(y, num_classes)
+            if not torch.isfinite(logits).all():
+                raise ValueError("the model returns logits that are not finite; is it trained, and in float32?")
+            answers[number] = y.cpu(), logits.argmax(1).cpu()
+        return answers, samples.fingerprints, num_classes, time.perf_counter() - start
+
+    answers, num_classes, seconds = {}, None, 0.0
+    for theirs, fingerprints, classes, spent in ranks.together(work):
+        answers.update(theirs)
+        samples.fingerprints.update(fingerprints)
+        num_classes = classes or num_classes
+        seconds += spent
+    labels, predictions = (torch.cat([answers[n][i] for n in range(len(chunks))]) for i in (0, 1))
+    return Clean(labels, predictions, num_classes, seconds)
+
+
+class Driver:
+    """Runs attack objects one after the other, each on what the ones before it left standing.
+
+    Before each attack the standing samples are cut into numbered batches. A batch is a function of its samples and its
+    seed alone, so that finished batches can be kept, and the others dealt to any number of processes.
+
+    Args:
+        model: The model as given; it alone decides what counts.
+        samples: What is attacked.
+        suite: Attack objects by name, in the order they run.
+        norm: Threat model.
+        eps: Its radius.
+        seed_of: Seed of the batch with this number.
+        batch_size: Samples a batch.
+        device: Where the model is.
+        search: The model that attacks look for adversarial examples with; the model itself if None.
+        store: Where finished batches are kept.
+        ranks: The processes that share the work.
+        keep: How many adversarial examples to hand out; all if None.
+        listener: Hears how it goes on.
+    """
+
+    def __init__(
+        self,
+        model: Predict,
+        samples: Samples,
+        suite: Mapping[str, Any],
+        norm: str,
+        eps: float,
+        *,
+        seed_of: Callable[[int], int],
+        batch_size: int,
+        device: torch.device,
+        search: Predict | None = None,
+        store: Store | None = None,
+        ranks: Ranks | None = None,
+        keep: int | None = None,
+        listener: Listener | None = None,
+    ):
+        self.model, self.samples, self.suite, self.norm, self.eps = model, samples, suite, norm, eps
+        self.seed_of, self.batch_size, self.device = seed_of, batch_size, device
+        self.search = model if search is None else search
+        self.store, self.ranks, self.listener = store or Store(None), ranks or Ranks(), listener or Listener()
+        self.keep = keep
+
+    def run(self, clean: Clean) -> Verdicts:
+        """Run every attack and return what is left."""
+        verdicts = Verdicts(clean.correct.clone(), clean.predictions.clone())
+        for attack in self.suite:
+            kept = None if self.keep is None else self.keep - len(verdicts.adversarial)
+            batches = self._run_attack(attack, verdicts.robust.nonzero().flatten(), kept)
+            for batch in batches:
+                fallen = batch.rows[batch.broken]
+                verdicts.robust[fallen] = False
+                verdicts.predictions[fallen] = batch.predictions[batch.broken]
+                verdicts.adversarial += zip(fallen.tolist(), batch.adversarial)
+            verdicts.after_attack[attack] = verdicts.robust.double().mean().item()
+            verdicts.seconds[attack] = sum(batch.seconds for batch in batches)
+            verdicts.searched_again[attack] = sum(batch.searched_again for batch in batches)
+            zeros = sum(batch.zero_gradients for batch in batches)
+            verdicts.zero_gradients = max(verdicts.zero_gradients, zeros)
+            self.listener.ended(attack, verdicts)
+        return verdicts
+
+    def _run_attack(self, attack: str, rows: Tensor, keep: int | None) -> list[Batch]:
+        chunks = [] if len(rows) == 0 else list(rows.split(self.batch_size))
+        batches: dict[int, Batch] = {}
+        for theirs in self.ranks.together(lambda: self._finished(attack, chunks, keep)):  # folders may be a node's own
+            batches.update(theirs)
+        pending = [number for number in range(len(chunks)) if number not in batches]
+        share = pending[self.ranks.rank :: self.ranks.world]
+        self.listener.started(attack, len(share), len(batches))
+
+        def work() -> dict[int, Batch]:
+            mine = {}
+            for number in share:
+                before = sum(len(b.adversarial) for b in (batches | mine).values() if b.number < number)
+                batch = self._attack_batch(attack, number, chunks[number])
+                batch = batch.keep(None if keep is None else max(0, keep - before))
+                self.store.save(attack, batch)
+                mine[number] = batch
+                self.listener.finished_batch(attack, batch)
+            return mine
+
+        for theirs in self.ranks.together(work):
+            batches.update(theirs)
+        return _first_examples([batches[number] for number in range(len(chunks))], keep)
+
+    def _finished(self, attack: str, chunks: list[Tensor], keep: int | None) -> dict[int, Batch]:
+        found = (self.store.load(attack, number, rows) for number, rows in enumerate(chunks))
+        batches = _first_examples([batch for batch in found if batch is not None], keep)
+        return {batch.number: batch for batch in batches}
+
+    def _attack_batch(self, attack: str, number: int, rows: Tensor) -> Batch:
+        start, warnings = time.perf_counter(), Warnings()
+        x, y = (tensor.to(self.device) for tensor in self.samples.read(rows))
+        torch.manual_seed(self.seed_of(number))  # for models that draw random numbers themselves
+        x_adv = self._perturb(attack, self.search, number, x, y, warnings)
+        broken, predictions = fooled(self.model, x, y, x_adv, self.norm, self.eps)
+        again = torch.zeros_like(broken)
+        if self.search is not self.model:
+            tried = (x_adv != x).flatten(1).any(1) | (self.search(x).argmax(1) != y)
+            again = tried & ~broken
+            if again.any():
+                x_adv[again] = self._perturb(attack, self.model, number, x[again], y[again], warnings)
+                broken[again], predictions[again] = fooled(
+                    self.model, x[again], y[again], x_adv[again], self.norm, self.eps
+                )
+        return Batch(
+            number=number,
+            rows=rows,
+            broken=broken.cpu(),
+            predictions=torch.where(broken, predictions, y).cpu(),  # what still stands was and is classified rightly
+            adversarial=x_adv[broken].cpu(),
+            seconds=time.perf_counter() - start,
+            zero_gradients=warnings.zero_gradients,
+            searched_again=int(again.sum()),
+        )
+
+    def _perturb(self, attack: str, predict: Predict, number: int, x: Tensor, y: Tensor, warnings: Warnings) -> Tensor:
+        seed = self.seed_of(number)
+        attacker = aimed(self.suite[attack], predict, seed=seed, device=self.device, logger=warnings)
+        return attacker.perturb(x.clone(), y.clone()).detach()
+
+
+def _first_examples(batches: list[Batch], keep: int | None) -> list[Batch]:
+    """The batches, in order, with the first ``keep`` adversarial images between them; all if None."""
+    if keep is None:
+        return batches
+    pruned = []
+    for batch in batches:
+        pruned.append(batch.keep(keep))
+        keep -= len(pruned[-1].adversarial)
+    return pruned

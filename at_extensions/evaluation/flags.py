@@ -1,0 +1,134 @@
+"""Signs that an evaluation may say more than it knows: AutoAttack's checks, without prints and side effects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from at_extensions.checks import looks_like_probabilities
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Something a reader must know about an evaluation.
+
+    Attributes:
+        name: What kind it is, such as ``"randomized"``.
+        message: One sentence for people.
+        overestimates: Whether robustness may be less than reported; such a flag makes the report unreliable.
+    """
+
+    name: str
+    message: str
+    overestimates: bool = True
+
+
+def inspect(model: Predict, x: Tensor, y: Tensor, *, version: str = "standard") -> list[Flag]:
+    """Run the checks that need only the model and one batch: randomised, probabilities, gradients at inference.
+
+    Args:
+        model: The model as given.
+        x: Images (B, C, H, W).
+        y: Their classes (B,).
+        version: AutoAttack's; ``"rand"`` is meant for randomised models.
+    """
+    found = [_probabilities(model(x)), _gradients_at_inference(model, x)]
+    if version != "rand":
+        found.append(_randomized(model, x, y))
+    return [flag for flag in found if flag is not None]
+
+
+def _randomized(model: Predict, x: Tensor, y: Tensor, passes: int = 5, tolerance: float = 1e-4) -> Flag | None:
+    outputs = [model(x).float() for _ in range(passes)]
+    right = torch.stack([(output.argmax(1) == y).sum() for output in outputs])
+    unit = torch.stack([torch.nn.functional.normalize(output, dim=1, eps=1e-10) for output in outputs])
+    difference = max((unit[i + 1 :] - unit[i]).norm(dim=2).max().item() for i in range(passes - 1))
+    if difference <= tolerance and (right == right[0]).all():
+        return None
+    return Flag(
+        "randomized",
+        f"the model answers differently when asked again (normalised logits differ by up to {difference:.2g}); "
+        'use version="rand", which averages gradients over its randomness',
+    )
+
+
+def _probabilities(logits: Tensor) -> Flag | None:
+    if not looks_like_probabilities(logits):
+        return None
+    return Flag("probabilities", "the model returns probabilities; without its softmax, gradients would not vanish")
+
+
+def _gradients_at_inference(model: Predict, x: Tensor) -> Flag | None:
+    with _GradientWatch() as watch, torch.enable_grad():
+        model(x)
+    if not watch.seen:
+        return None
+    return Flag(
+        "dynamic",
+        "the model computes gradients while it predicts (a defence that optimises at inference); AutoAttack may be too "
+        "weak for it, use an adaptive attack",
+    )
+
+
+class _GradientWatch(TorchFunctionMode):
+    """Notices calls of autograd, without a tracer (``sys.settrace`` belongs to debuggers and coverage)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen |= func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+        return func(*args, **(kwargs or {}))
+
+
+class Warnings:
+    """Stands in for the logger of APGD, whose only warning is of gradients that are zero at a random start."""
+
+    def __init__(self):
+        self.zero_gradients = 0
+
+    def log(self, message: str) -> None:
+        """Take a warning of upstream's ``autoattack``."""
+        points = re.search(r"(\d+) points with zero gradient", message)
+        if points:
+            self.zero_gradients = max(self.zero_gradients, int(points[1]))
+
+    warning = log  # the name in pyautoattack
+
+
+def zero_gradients(count: int) -> Flag | None:
+    """Return a flag if attacks met gradients that are zero, at ``count`` samples."""
+    if not count:
+        return None
+    return Flag(
+        "zero_gradient",
+        f"the gradient was zero at the start of an attack on {count} samples; gradient-based attacks cannot move there",
+    )
+
+
+def square_improves(after_attack: Mapping[str, float], margin: float = 0.002) -> Flag | None:
+    """Return a flag if Square, which needs no gradient, found what gradient-based attacks had missed.
+
+    Args:
+        after_attack: Accuracy left after each attack, in order.
+        margin: Points of accuracy, as a fraction, that count.
+    """
+    others = [accuracy for name, accuracy in after_attack.items() if name != "square"]
+    if "square" not in after_attack or not others:
+        return None
+    gain = min(others) - after_attack["square"]
+    if gain <= margin:
+        return None
+    return Flag(
+        "square_improves",
+        f"Square, without gradients, lowered robust accuracy by another {100 * gain:.2f} points; the gradients may be "
+        "masked, try an adaptive attack",
+    )

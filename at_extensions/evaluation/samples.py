@@ -1,0 +1,126 @@
+"""Images and labels read by number, from a tensor or from a map-style dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from at_extensions.checks import check_count, check_images, check_labels
+
+
+class Samples:
+    """The samples of one evaluation; a dataset is read batch by batch, so memory does not grow with its size.
+
+    Rows are numbered from 0 to ``len(samples) - 1``. Each row's fingerprint is taken when it is first read, and a later
+    read that differs (random augmentation, say) is an error: a verdict must be about one image.
+
+    Args:
+        data: Images (N, C, H, W) in [0, 1], or a map-style dataset whose items start with an image (C, H, W) in [0, 1]
+            and a label.
+        labels: Class numbers (N,) for images that come as a tensor.
+        n_examples: Take a random subset of this many, drawn by ``seed``; None takes all.
+        seed: Draws the subset.
+
+    Attributes:
+        indices: Each row's place in ``data`` (n,).
+        all: Whether that is all of ``data``.
+        fingerprints: Row -> digest of its image and label, for the rows read so far.
+
+    Raises:
+        TypeError: Not a tensor with labels, nor a map-style dataset.
+        ValueError: Images outside [0, 1], or fewer samples than ``n_examples``.
+    """
+
+    def __init__(self, data: Any, labels: Tensor | None = None, *, n_examples: int | None = None, seed: int = 0):
+        self._data, self._labels = data, labels
+        if isinstance(data, Tensor):
+            if labels is None:
+                raise TypeError("data is a tensor of images, so labels (B,) are needed too")
+            check_images(data, name="data")
+            check_labels(labels, size=len(data))
+        elif not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            hint = "; pass loader.dataset" if hasattr(data, "dataset") else ""
+            raise TypeError(f"data must be a tensor of images or a map-style dataset, got {type(data).__name__}{hint}")
+        elif labels is not None:
+            raise TypeError("labels go with a tensor of images; a dataset brings its own")
+        elif len(data) == 0:
+            raise ValueError("the dataset is empty")
+        self.indices = _draw(len(data), n_examples, seed)
+        self.all = len(self.indices) == len(data)
+        self.fingerprints: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of ``rows`` as ``fetch`` does, if they are what they were at the first read.
+
+        Raises:
+            ValueError: Images outside [0, 1], or other ones than at the first read.
+        """
+        images, labels = self.fetch(rows)
+        self._recognise(rows.tolist(), images, labels)
+        return images, labels
+
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 images (B, C, H, W), contiguous, and int64 labels (B,) of the rows (B,).
+
+        Raises:
+            ValueError: Images outside [0, 1].
+        """
+        index = self.indices[rows]
+        if isinstance(self._data, Tensor):
+            images = self._data[index.to(self._data.device)]
+            labels = self._labels[index.to(self._labels.device)]
+        else:
+            images, labels = _stack(self._data, index.tolist())
+        images = images.detach().to(torch.float32, memory_format=torch.contiguous_format)
+        return images, labels.to(images.device, torch.int64)
+
+    def digest(self) -> str:
+        """Return a hash of every image and label, once all have been read."""
+        return hashlib.sha256(b"".join(self.fingerprints[row] for row in range(len(self)))).hexdigest()
+
+    def _recognise(self, rows: Sequence[int], images: Tensor, labels: Tensor) -> None:
+        pixels, classes = images.cpu().numpy(), labels.cpu().numpy()
+        for i, row in enumerate(rows):
+            digest = hashlib.blake2b(classes[i].tobytes(), digest_size=16)
+            digest.update(str(pixels.shape[1:]).encode())
+            digest.update(pixels[i].data)
+            if self.fingerprints.setdefault(row, digest.digest()) != digest.digest():
+                raise ValueError(
+                    f"sample {int(self.indices[row])} changed between two reads; evaluate a dataset without random "
+                    "augmentation"
+                )
+
+
+def _draw(total: int, n_examples: int | None, seed: int) -> Tensor:
+    if n_examples is None or n_examples == total:
+        return torch.arange(total)
+    if check_count("n_examples", n_examples) > total:
+        raise ValueError(f"n_examples is {n_examples}, but there are only {total} samples")
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n_examples].sort().values
+
+
+def _stack(dataset: Any, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    items = [dataset[i] for i in indices]
+    for i, item in zip(indices, items):
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            raise TypeError(f"dataset[{i}] must be (image, label), got {type(item).__name__}")
+        if not isinstance(item[0], Tensor):
+            raise TypeError(
+                f"dataset[{i}] gave an image of type {type(item[0]).__name__}; evaluation takes float tensors "
+                "(C, H, W) in [0, 1], as torchvision.transforms.ToTensor() makes them"
+            )
+        if item[0].shape != items[0][0].shape:
+            raise ValueError(
+                f"dataset[{i}] has shape {tuple(item[0].shape)}, dataset[{indices[0]}] {tuple(items[0][0].shape)}; "
+                "resize and crop to one size"
+            )
+    images = check_images(torch.stack([item[0] for item in items]), name="the dataset's images")
+    labels = torch.tensor([int(item[1]) for item in items])
+    return images, check_labels(labels)

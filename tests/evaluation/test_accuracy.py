@@ -1,0 +1,99 @@
+"""``accuracy``: the right count from any kind of data, nothing left behind."""
+
+import pytest
+import torch
+import torchattacks
+from torch.utils.data import DataLoader, TensorDataset
+
+from at_extensions.attacks import PGD
+from at_extensions.evaluation import accuracy, count_correct
+
+
+def test_every_kind_of_data_gives_the_same_count(net, make_images, label):
+    model, x = net(), make_images(50)
+    y = label(model, x, wrong=9)
+    dataset = TensorDataset(x, y)
+    batches = [(x[i : i + 7], y[i : i + 7], torch.arange(7)) for i in range(0, 50, 7)]
+    for data in (dataset, DataLoader(dataset, batch_size=16), batches, iter(batches)):
+        assert accuracy(model, data, batch_size=12) == 41 / 50
+    assert accuracy(model, x, y) == 41 / 50
+    assert count_correct(model, dataset).tolist() == [41, 50]
+
+
+@pytest.mark.parametrize("kind", [torchattacks.PGD, torchattacks.FGSM, PGD])
+def test_accuracy_under_attack_is_that_of_a_slow_loop(net, make_images, label, kind):
+    model, x = net(), make_images(30)
+    y = label(model, x)
+    options = {} if kind is torchattacks.FGSM else {"steps": 5}
+    attack = kind(model, eps=0.03, **options)
+    if hasattr(attack, "random_start"):
+        attack.random_start, attack.start = False, "zero"
+    model.eval()
+    right = sum(int(model(attack(x[i : i + 1], y[i : i + 1])).argmax(1) == y[i]) for i in range(30))
+    assert accuracy(model, x, y, attack=attack, batch_size=8) == right / 30
+    assert 0 < right < 30
+
+
+def test_random_starts_are_seeded_and_differ_between_batches(net, make_images, label):
+    model, x = net(), make_images(1).repeat(8, 1, 1, 1)
+    attack = torchattacks.PGD(model, eps=0.03, steps=1)
+    seen = []
+    forward = attack.forward
+    attack.forward = lambda images, labels: seen.append(forward(images, labels)) or seen[-1]
+    for _ in range(2):
+        accuracy(model, x, label(model, x), attack=attack, batch_size=4)
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_nothing_is_left_behind(net, make_images, label):
+    model, x = net().train(), make_images(20)
+    model.body[1].eval()
+    y = label(model, x)
+    modes, buffers = [m.training for m in model.modules()], [b.clone() for b in model.buffers()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+    for attack in (None, torchattacks.PGD(model, eps=0.1, steps=2)):
+        accuracy(model, loader, attack=attack)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert modes == [m.training for m in model.modules()]
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers()))
+        assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_nothing_is_left_behind_by_an_error(net, make_images, label):
+    def broken_loader():
+        yield x, y
+        raise OSError("disk on fire")
+
+    model, x = net().train(), make_images(4)
+    y, modes = label(model, x), [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    with pytest.raises(OSError, match="on fire"):
+        accuracy(model, broken_loader(), attack=torchattacks.PGD(model, steps=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad for p in model.parameters())
+    assert modes == [m.training for m in model.modules()]
+
+
+def test_bad_input(net, make_images):
+    model, x = net(), make_images(6)
+    y = torch.zeros(6, dtype=torch.long)
+    with pytest.raises(TypeError, match="labels"):
+        accuracy(model, x)
+    with pytest.raises(ValueError, match="no class numbers"):
+        accuracy(model, x, y + 4)
+    with pytest.raises(ValueError, match="no samples"):
+        accuracy(model, [])
+    with pytest.raises(ValueError, match=r"labels of shape \(6, 4\)"):
+        accuracy(model, [(x, torch.zeros(6, 4))])
+    with pytest.raises(TypeError, match="batches bring their own"):
+        accuracy(model, iter([(x, y)]), y)
+    with pytest.raises(TypeError, match="got int"):
+        accuracy(model, 3)
+    with pytest.raises(ValueError, match="another model"):
+        accuracy(model, x, y, attack=torchattacks.FGSM(net()))
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        accuracy(lambda images: images, x, y)
