@@ -29,9 +29,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    os.chmod(name, 0o666 & ~_UMASK)  # mkstemp's 0600 would keep a shared run from its readers
     try:
         yield Path(name)
+        os.chmod(name, 0o666 & ~_UMASK)  # mkstemp's and safetensors' 0600 would keep a shared run from its readers
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
