@@ -10,9 +10,20 @@ import pytest
 
 import at_extensions
 
-HEAVY = "torch torchvision torchattacks timm robustbench pyautoattack matplotlib sklearn scipy".split()
-LATE = "timm robustbench matplotlib sklearn pyautoattack autoattack torchvision tensorboard".split()
-ROOMS = "analysis attacks checks data evaluation experiments methods models optim publishing runs training".split()
+LATE = ["timm", "robustbench", "matplotlib", "sklearn", "pyautoattack", "autoattack", "torchvision", "tensorboard"]
+HEAVY = ["torch", "torchattacks", "scipy", *LATE]
+FLOORS = [
+    ["checks", "optim"],
+    ["runs", "upstream"],
+    ["attacks", "data", "models", "folding"],
+    ["analysis", "evaluation"],
+    ["methods"],
+    ["training", "publishing"],
+    ["experiments"],
+    ["cli"],
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ROOMS = sorted(FLOOR.keys() - {"upstream", "folding", "cli"})
 
 
 def python(code):
@@ -77,17 +88,6 @@ def test_the_version_is_the_distributions():
 
 
 ROOT = Path(at_extensions.__file__).parent
-FLOORS = """
-checks optim
-runs upstream
-attacks data models folding
-analysis evaluation
-methods
-training publishing
-experiments
-cli
-"""
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS.split("\n")) for room in rooms.split()}
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
