@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from tqdm import tqdm
 from at_extensions.attacks import attacking
 from at_extensions.checks import check_count, check_eps, check_model, check_name, check_norm, device_of
 from at_extensions.evaluation import flags as signs
+from at_extensions.evaluation import masking
 from at_extensions.evaluation.driver import Clean, Driver, Listener, Verdicts, clean_pass
 from at_extensions.evaluation.flags import Flag
 from at_extensions.evaluation.isolation import isolated
 from at_extensions.evaluation.report import Examples, RobustnessReport, summary
 from at_extensions.evaluation.samples import Samples
+from at_extensions.evaluation.searching import PRECISIONS, search_model
 from at_extensions.evaluation.sharding import Ranks, sharing
 from at_extensions.evaluation.state import Batch, Store, weights_digest
 from at_extensions.evaluation.suite import (
@@ -33,8 +36,6 @@ from at_extensions.evaluation.suite import (
     settings,
 )
 from at_extensions.upstream import backend_version
-
-PRECISIONS = ("fp32", "bf16")
 
 
 def evaluate(
@@ -50,6 +51,7 @@ def evaluate(
     batch_size: int | None = None,
     n_examples: int | None = None,
     precision: str = "fp32",
+    compile: bool = False,
     state_dir: str | Path | None = None,
     class_counts: Sequence[int] | None = None,
     keep_examples: int = 8,
@@ -77,6 +79,7 @@ def evaluate(
         batch_size: Samples a batch; None takes 250, fewer for images larger than 64 x 64.
         n_examples: Evaluate a random subset of this many, drawn by ``seed``; None takes all.
         precision: ``"fp32"``, or ``"bf16"`` to search in bf16 and verify in fp32.
+        compile: Search with a model compiled by ``torch.compile``.
         state_dir: A folder for finished batches: a run that was stopped goes on from there and ends with the verdicts
             that it would have had.
         class_counts: Training samples of each class (K,), to report accuracy on head, medium and tail classes.
@@ -96,30 +99,27 @@ def evaluate(
     eps = check_eps(eps, check_norm(norm))
     check_name("precision", precision, PRECISIONS)
     check_count("keep_examples", keep_examples, at_least=0)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
     attacks = _attack_names(check_name("version", version, VERSIONS), attacks)
     device = device_of(_check_float32(check_model(model)))
     samples = Samples(data, labels, n_examples=n_examples, seed=check_count("seed", seed, at_least=0))
+    batch_size = default_batch_size(samples) if batch_size is None else check_count("batch_size", batch_size)
+    plan = _Plan(model, samples, norm, eps, version, attacks, seed, batch_size, precision, device)
     with sharing(shard) as ranks, isolated(device), attacking(model), torch.no_grad():
         torch.manual_seed(seed)  # for models that draw random numbers themselves
-        batch_size = batch_size or default_batch_size(samples)
         clean = clean_pass(model, samples, batch_size, device, ranks)
         _check_class_counts(class_counts, clean.num_classes)
-        suite, few_classes = _suite(version, attacks, norm, eps, clean.num_classes, device)
-        x, y = (t.to(device) for t in samples.read(torch.arange(min(batch_size, len(samples)))))
+        suite, few_classes = plan.suite(clean.num_classes)
+        x, y = plan.first(torch.arange(len(samples)), batch_size)
         flags = [few_classes, *signs.inspect(check_usable(suite, model, x), x, y, version=version)]
-        store = Store(state_dir)
-        _claim(store, ranks, model, samples, suite, norm=norm, eps=eps, seed=seed, batch_size=batch_size,
-               precision=precision)  # fmt: skip
         driver = Driver(
             model, samples, suite, norm, eps, seed_of=lambda number: seed + number, batch_size=batch_size,
-            device=device, store=store, ranks=ranks, keep=keep_examples,
+            device=device, search=search_model(model, x, precision, compiled=compile),
+            store=plan.claimed(Store(state_dir), suite, ranks), ranks=ranks, keep=keep_examples,
             listener=_Bars() if progress and ranks.rank == 0 else None,
         )  # fmt: skip
         verdicts = driver.run(clean)
+        flags += plan.signs_of_masking(clean, verdicts)
         examples = _examples(samples, clean, verdicts)
-    flags += [signs.zero_gradients(verdicts.zero_gradients), signs.square_improves(verdicts.after_attack)]
     return RobustnessReport(
         norm=norm,
         eps=eps,
@@ -140,9 +140,71 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is evaluated, and how."""
+
+    model: nn.Module
+    samples: Samples
+    norm: str
+    eps: float
+    version: str
+    attacks: tuple[str, ...]
+    seed: int
+    batch_size: int
+    precision: str
+    device: torch.device
+
+    def suite(self, num_classes: int) -> tuple[dict[str, Any], Flag | None]:
+        """The attack objects by name, and a flag if some are left out because there are so few classes."""
+        names, few_classes = defined_for(self.attacks, num_classes)
+        if few_classes is not None and self.version == "custom":
+            raise ValueError(f"with {num_classes} classes some attacks are undefined: {few_classes.message}")
+        attackers = make_attackers(None, self.norm, self.eps, self.device)
+        apply_version(attackers, "standard" if self.version == "custom" else self.version, self.norm)
+        return by_name(attackers, names, num_classes), few_classes
+
+    def first(self, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The images and labels of the first ``count`` of the rows, on the model's device."""
+        x, y = self.samples.read(rows[: min(count, self.batch_size)])
+        return x.to(self.device), y.to(self.device)
+
+    def claimed(self, store: Store, suite: dict[str, Any], ranks: Ranks) -> Store:
+        """Tie the store to this evaluation, and see to it that all processes are at the same one."""
+        if store.directory is None and ranks.world == 1:
+            return store
+        identity = {
+            "weights": weights_digest(self.model),
+            "data": self.samples.digest(),
+            "attacks": {name: settings(attack) for name, attack in suite.items()},
+            "backend": backend_version(),
+            **{name: getattr(self, name) for name in ("norm", "eps", "seed", "batch_size", "precision")},
+        }
+        for rank, theirs in enumerate(ranks.gather(identity)):
+            other = [key for key in identity if theirs[key] != identity[key]]
+            if other:
+                raise ValueError(f"rank {ranks.rank} and rank {rank} evaluate different things: {', '.join(other)}")
+        ranks.together(lambda: store.claim(identity, write=ranks.rank == 0))
+        return store
+
+    def signs_of_masking(self, clean: Clean, verdicts: Verdicts) -> list[Flag | None]:
+        """What the attacks, and two short ones of our own, say of the model's gradients."""
+        found = [signs.zero_gradients(verdicts.zero_gradients), signs.square_improves(verdicts.after_attack)]
+        if self.version != "rand":
+            found.append(signs.nondeterministic(verdicts.contradicted, len(self.samples)))
+        if self.version in ("standard", "plus"):
+            torch.manual_seed(self.seed)  # whatever was drawn before, by this run or one that it goes on from
+            right, standing = (
+                self.first(rows.nonzero().flatten(), masking.SAMPLES) for rows in (clean.correct, verdicts.robust)
+            )
+            flag = masking.unbounded(self.model, *right, self.norm)
+            found.append(flag or masking.transfer(self.model, *standing, self.norm, self.eps))
+        return found
+
+
 def default_batch_size(samples: Samples) -> int:
     """Return how many samples a batch holds if nobody says: AutoAttack's 250, fewer for images beyond 64 x 64."""
-    images, _ = samples.read(torch.zeros(1, dtype=torch.long))
+    images, _ = samples.fetch(torch.zeros(1, dtype=torch.long))
     return max(1, min(250, 250 * 3 * 64 * 64 // images.numel()))
 
 
@@ -166,32 +228,6 @@ def _check_float32(model: nn.Module) -> nn.Module:
 def _check_class_counts(class_counts: Sequence[int] | None, num_classes: int) -> None:
     if class_counts is not None and len(class_counts) != num_classes:
         raise ValueError(f"got {len(class_counts)} class_counts for a model of {num_classes} classes")
-
-
-def _suite(
-    version: str, attacks: tuple[str, ...], norm: str, eps: float, num_classes: int, device: torch.device
-) -> tuple[dict[str, Any], Flag | None]:
-    """The attack objects by name, and a flag if some are left out because there are so few classes."""
-    names, few_classes = defined_for(attacks, num_classes)
-    if few_classes is not None and version == "custom":
-        raise ValueError(f"attacks that the model's {num_classes} classes leave undefined: {few_classes.message}")
-    attackers = make_attackers(None, norm, eps, device)
-    apply_version(attackers, "standard" if version == "custom" else version, norm)
-    return by_name(attackers, names, num_classes), few_classes
-
-
-def _claim(store: Store, ranks: Ranks, model: nn.Module, samples: Samples, suite: dict[str, Any], **settled) -> None:
-    """Tie the store to this evaluation, and see to it that all processes are at the same one."""
-    if store.directory is None and ranks.world == 1:
-        return
-    attacks = {name: settings(attack) for name, attack in suite.items()}
-    identity = {"weights": weights_digest(model), "data": samples.digest(), "attacks": attacks, **settled}
-    identity["backend"] = backend_version()
-    for rank, theirs in enumerate(ranks.gather(identity)):
-        other = [key for key in identity if theirs[key] != identity[key]]
-        if other:
-            raise ValueError(f"rank {ranks.rank} and rank {rank} evaluate different things: {', '.join(other)}")
-    ranks.together(lambda: store.claim(identity, write=ranks.rank == 0))
 
 
 def _examples(samples: Samples, clean: Clean, verdicts: Verdicts) -> Examples | None:

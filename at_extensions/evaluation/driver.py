@@ -54,6 +54,7 @@ class Verdicts:
         seconds: Attack -> time it took, summed over its batches.
         zero_gradients: Samples at which some attack met a gradient of zero, as the worst attack had it.
         searched_again: Attack -> samples that the fast model could not settle.
+        contradicted: Samples that the model, asked again, did not classify rightly any more, at worst.
         adversarial: (row, adversarial image) of the first samples that fell, or of all.
     """
 
@@ -63,6 +64,7 @@ class Verdicts:
     seconds: dict[str, float] = field(default_factory=dict)
     zero_gradients: int = 0
     searched_again: dict[str, int] = field(default_factory=dict)
+    contradicted: int = 0
     adversarial: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
@@ -168,8 +170,9 @@ class Driver:
             verdicts.after_attack[attack] = verdicts.robust.double().mean().item()
             verdicts.seconds[attack] = sum(batch.seconds for batch in batches)
             verdicts.searched_again[attack] = sum(batch.searched_again for batch in batches)
-            zeros = sum(batch.zero_gradients for batch in batches)
-            verdicts.zero_gradients = max(verdicts.zero_gradients, zeros)
+            for count in ("zero_gradients", "contradicted"):
+                worst = max(getattr(verdicts, count), sum(getattr(batch, count) for batch in batches))
+                setattr(verdicts, count, worst)
             self.listener.ended(attack, verdicts)
         return verdicts
 
@@ -226,6 +229,7 @@ class Driver:
             seconds=time.perf_counter() - start,
             zero_gradients=warnings.zero_gradients,
             searched_again=int(again.sum()),
+            contradicted=int((self.model(x).argmax(1) != y).sum()),
         )
 
     def _perturb(self, attack: str, predict: Predict, number: int, x: Tensor, y: Tensor, warnings: Warnings) -> Tensor:

@@ -31,7 +31,7 @@ class Flag:
 
 
 def inspect(model: Predict, x: Tensor, y: Tensor, *, version: str = "standard") -> list[Flag]:
-    """Run the checks that need only the model and one batch: randomised, probabilities, gradients at inference.
+    """Run the checks that need only the model and one batch: randomised, what it returns, gradients at inference.
 
     Args:
         model: The model as given.
@@ -39,7 +39,8 @@ def inspect(model: Predict, x: Tensor, y: Tensor, *, version: str = "standard") 
         y: Their classes (B,).
         version: AutoAttack's; ``"rand"`` is meant for randomised models.
     """
-    found = [_probabilities(model(x)), _gradients_at_inference(model, x)]
+    logits = model(x)
+    found = [_probabilities(logits), _logit_scale(logits), _gradients_at_inference(model, x)]
     if version != "rand":
         found.append(_randomized(model, x, y))
     return [flag for flag in found if flag is not None]
@@ -63,6 +64,19 @@ def _probabilities(logits: Tensor) -> Flag | None:
     if not looks_like_probabilities(logits):
         return None
     return Flag("probabilities", "the model returns probabilities; without its softmax, gradients would not vanish")
+
+
+def _logit_scale(logits: Tensor, margin: float = 60.0, share: float = 0.01) -> Flag | None:
+    """Cross-entropy's gradient is of the size of exp(-margin); backpropagated, it underflows."""
+    first, second = logits.float().topk(2, dim=1).values.unbind(1)
+    saturated = (first - second > margin).double().mean().item()
+    if saturated < share:
+        return None
+    return Flag(
+        "logit_scale",
+        f"the logits of {100 * saturated:.0f} % of the images are more than {margin:.0f} apart, so that the gradient "
+        "of cross-entropy vanishes; divide them by a constant",
+    )
 
 
 def _gradients_at_inference(model: Predict, x: Tensor) -> Flag | None:
@@ -111,6 +125,17 @@ def zero_gradients(count: int) -> Flag | None:
     return Flag(
         "zero_gradient",
         f"the gradient was zero at the start of an attack on {count} samples; gradient-based attacks cannot move there",
+    )
+
+
+def nondeterministic(count: int, total: int, margin: float = 0.002) -> Flag | None:
+    """Return a flag if, of ``total`` samples, the model contradicted itself on more than a share of ``margin``."""
+    if count <= margin * total:
+        return None
+    return Flag(
+        "nondeterministic",
+        f"{count} images that the model had classified rightly were not when it was asked again among others; it is "
+        "not deterministic, or looks at a batch as a whole",
     )
 
 

@@ -29,6 +29,7 @@ class Batch:
         seconds: Time it took.
         zero_gradients: Samples at which the attack met a gradient of zero.
         searched_again: Samples that the fast model could not settle and the model as given was searched for.
+        contradicted: Samples that the model, asked again, no longer classifies rightly.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Batch:
     seconds: float
     zero_gradients: int = 0
     searched_again: int = 0
+    contradicted: int = 0
 
     def keep(self, count: int | None) -> Batch:
         """Return the batch with only the first ``count`` adversarial images; all if None."""
@@ -46,7 +48,7 @@ class Batch:
 
 
 _TENSORS = ("rows", "broken", "predictions", "adversarial")
-_NUMBERS = ("number", "seconds", "zero_gradients", "searched_again")
+_NUMBERS = ("number", "seconds", "zero_gradients", "searched_again", "contradicted")
 
 
 class Store:

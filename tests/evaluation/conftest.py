@@ -7,14 +7,6 @@ from torch import nn
 import at_extensions  # noqa: F401  (serves autoattack)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Linear(nn.Module):
     """Logits W x + b of flattened images: its distance to the decision boundary is known in closed form."""
 

@@ -1,0 +1,63 @@
+"""The model that attacks search on: of the same mind as the one given, and faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from at_extensions.folding import fold_batchnorm
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def search_model(
+    model: Callable[[Tensor], Tensor], x: Tensor, precision: str = "fp32", *, compiled: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return what to search on in place of a model in eval mode, or the model itself where nothing is faster.
+
+    BatchNorm is folded into the convolutions before it and the network runs in channels_last where that is faster,
+    provided that the logits of ``x`` come out the same. Images stay contiguous: AutoAttack views their gradients.
+
+    Args:
+        model: The model as given; anything but a module in eval mode is returned as it is, but for ``precision``.
+        x: Images (B, C, H, W) to compare logits on.
+        precision: ``"bf16"`` searches under autocast.
+        compiled: Compile it with ``torch.compile``.
+    """
+    search = _folded(model, x) or model
+    if precision == "bf16":
+        search = _LowPrecision(search, x.device.type)
+    return torch.compile(search, dynamic=True) if compiled else search
+
+
+def _folded(model: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-3) -> nn.Module | None:
+    """The model's folded twin, if there is one and it agrees."""
+    if not isinstance(model, nn.Module) or any(module.training for module in model.modules()):
+        return None
+    twin = fold_batchnorm(model)
+    if twin is None:
+        return None
+    logits, folded = model(x), twin(x)
+    return twin if folded.shape == logits.shape and _close(folded, logits, tolerance) else None
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.std().clamp_min(1e-12))
+
+
+class _LowPrecision(nn.Module):
+    """A model under bf16 autocast, with logits in float32."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], device_type: str):
+        super().__init__()
+        self._model = [model]  # in a list: a reference, not a submodule
+        self.device_type = device_type
+        if hasattr(model, "refresh"):  # a twin keeps its weights in the precision that it is refreshed under
+            with torch.autocast(device_type, torch.bfloat16):
+                model.refresh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return self._model[0](x).float()
