@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from at_extensions.runs import RunDirectory, atomic, save_weights
 from at_extensions.training import distributed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from at_extensions.training.trainer import Trainer
 
 
 class Checkpointer:
@@ -45,67 +40,38 @@ class Checkpointer:
             if distributed.is_main():
                 self.run.write_config(config)
 
-    def restore(self, trainer: Trainer, train: Iterable) -> int:
-        """Put a trainer where its run was interrupted; return how many epochs are done.
+    def load(self) -> dict | None:
+        """Return the state to go on from, or None.
 
         Raises:
-            ValueError: The state is damaged or belongs to another model or optimiser.
+            ValueError: It is damaged.
         """
-        state = None if self.run is None else self.run.load_state()
-        if state is None:
-            return 0
-        try:
-            trainer.method.model.load_state_dict(state["model"])
-            _load_memory(trainer.method, state["method"])
-            if trainer.ema is not None:
-                trainer.ema.module.load_state_dict(state["ema"])
-            trainer.optimizer.load_state_dict(state["optimizer"])
-            if trainer.scheduler is not None:
-                trainer.scheduler.load_state_dict(state["scheduler"])
-            trainer.method.stream.load_state_dict(state["streams"][distributed.rank()])
-        except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.run.state_path()} belongs to another model, method, optimiser or number of processes: {error}"
-            ) from error
-        if hasattr(train, "load_state_dict"):
-            train.load_state_dict(state["loader"])
-        trainer.history.rows = state["rows"]
-        trainer.history.best_epoch = state["best_epoch"]
-        return state["epoch"]
+        return None if self.run is None else self.run.load_state()
 
-    def save(self, trainer: Trainer, train: Iterable, row: dict) -> None:
-        """Write what the epoch that ``row`` describes has changed."""
+    def save(self, make_state: Callable[[], dict], model: nn.Module) -> None:
+        """Write the weights of ``model`` and the state after an epoch; every process calls this.
+
+        Args:
+            make_state: Called by every process; returns ``epoch``, ``best_epoch``, ``rows`` and all else to go on with.
+            model: What is validated and published.
+        """
         if self.run is None:
             return
-        streams = distributed.gather(trainer.method.stream.state_dict())
+        state = make_state()
         if distributed.is_main():
-            self._write(trainer, train, row, streams)
+            self._write(state, model)
         distributed.barrier()
 
-    def _write(self, trainer: Trainer, train: Iterable, row: dict, streams: list[dict]) -> None:
-        best = trainer.history.best_epoch == row["epoch"]
-        save_weights(trainer.model, self.run.weights("last"))
+    def _write(self, state: dict, model: nn.Module) -> None:
+        best = state["best_epoch"] == state["epoch"]
+        save_weights(model, self.run.weights("last"))
         if best:
             _link(self.run.weights("last"), self.run.weights("best"))
-        self.run.write_metrics(trainer.history.rows)
-        method = {k: v for k, v in trainer.method.state_dict().items() if not k.startswith("model.")}
-        self.run.save_state(
-            {
-                "epoch": row["epoch"],
-                "model": trainer.method.model.state_dict(),
-                "method": method,
-                "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
-                "loader": train.state_dict() if hasattr(train, "state_dict") else None,
-                "streams": streams,
-                "rows": trainer.history.rows,
-                "best_epoch": trainer.history.best_epoch,
-            }
-        )
+        self.run.write_metrics(state["rows"])
+        self.run.save_state(state)
         if best:
             _link(self.run.state_path("last"), self.run.state_path("best"))
-        self._log(row)
+        self._log(state["rows"][-1])
 
     def _log(self, row: dict) -> None:
         """Show the row in TensorBoard, where that is installed."""
@@ -120,14 +86,6 @@ class Checkpointer:
             for key, value in row.items():
                 self._board.add_scalar(key, value, row["epoch"])
             self._board.flush()
-
-
-def _load_memory(method: nn.Module, state: dict) -> None:
-    """Load what a method remembers beside its model."""
-    missing, unknown = method.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.startswith("model.")]
-    if missing or unknown:
-        raise ValueError(f"the method remembers other things: missing {missing}, unknown {unknown}")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -150,15 +150,53 @@ class Trainer:
             TypeError, ValueError: Images, labels or logits that cannot be right (checked on the first batch).
         """
         wrapped = _wrap(self.method)
-        done = self._checkpoints.restore(self, train)
+        done = self._resume(train)
         bar = self._bar(range(done, self.epochs), "epochs", initial=done, total=self.epochs)
         for epoch in bar:
             row = self._epoch(epoch + 1, wrapped, train, check=epoch == done)
             row |= self._validate(val)
             self._select(row)
-            self._checkpoints.save(self, train, row)
+            self._checkpoints.save(lambda: self._state(train), self.model)
             bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "epoch"})
         return self.history
+
+    def _state(self, train: Iterable) -> dict:
+        """Return all that the coming epochs depend on; every process must call this."""
+        return {
+            "epoch": len(self.history.rows),
+            "model": self.method.model.state_dict(),
+            "method": {k: v for k, v in self.method.state_dict().items() if not k.startswith("model.")},
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "loader": train.state_dict() if hasattr(train, "state_dict") else None,
+            "streams": distributed.gather(self.method.stream.state_dict()),
+            "rows": self.history.rows,
+            "best_epoch": self.history.best_epoch,
+        }
+
+    def _resume(self, train: Iterable) -> int:
+        """Go on where the run directory's last checkpoint was; return how many epochs are done."""
+        state = self._checkpoints.load()
+        if state is None:
+            return 0
+        try:
+            self.method.model.load_state_dict(state["model"])
+            _load_memory(self.method, state["method"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.method.stream.load_state_dict(state["streams"][distributed.rank()])
+            if hasattr(train, "load_state_dict"):
+                train.load_state_dict(state["loader"])
+            self.history = History(state["rows"], state["best_epoch"])
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the checkpoint belongs to another model, method, optimiser or number of processes: {error}"
+            ) from error
+        return state["epoch"]
 
     def _epoch(self, epoch: int, wrapped: nn.Module, train: Iterable, *, check: bool) -> dict:
         started = time.perf_counter()
@@ -225,6 +263,14 @@ class Trainer:
     def _bar(self, iterable: Iterable, text: str, **options):
         silent = True if not (self.progress and distributed.is_main()) else None  # None: silent off a terminal
         return tqdm(iterable, desc=text, disable=silent, dynamic_ncols=True, **options)
+
+
+def _load_memory(method: Method, state: dict) -> None:
+    """Load what a method remembers beside its model."""
+    missing, unknown = method.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.startswith("model.")]
+    if missing or unknown:
+        raise ValueError(f"the method remembers other things: missing {missing}, unknown {unknown}")
 
 
 def _default_attack(method: Method) -> Callable[[nn.Module], Attack] | None:
