@@ -42,6 +42,7 @@ class Paper:
         additional_data: Whether images beyond the training set were used. Images from a generator that was trained
             on the training set alone do not count; say so in ``footnote``.
         footnote: A remark shown under the table.
+        code: Address of checkpoint and code; a submission asks for it.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Paper:
     reported: float | None = None
     additional_data: bool = False
     footnote: str = ""
+    code: str = ""
 
     def __post_init__(self) -> None:
         for name in ("title", "authors", "link"):

@@ -1,9 +1,12 @@
-"""Rendering of the package's templates; whatever is put into HTML is escaped."""
+"""Rendering of the package's templates, in which HTML escapes whatever is put in, and of configurations."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -35,3 +38,15 @@ def render(template: str, **values: Any) -> str:
         **values: What the template asks for; a name it lacks raises.
     """
     return _environment(template.endswith(".html")).get_template(template).render(**values)
+
+
+class _Compact(yaml.SafeDumper):
+    """YAML with lists on one line."""
+
+
+_Compact.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
+
+
+def compact_yaml(data: Mapping[str, Any]) -> str:
+    """Return a configuration as YAML in its own order, lists on one line."""
+    return yaml.dump(data, Dumper=_Compact, sort_keys=False, width=100, allow_unicode=True)

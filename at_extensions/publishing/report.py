@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from at_extensions.publishing import plots
+from at_extensions.publishing.commands import evaluate_command, train_command
 from at_extensions.publishing.model_info import eps_fraction
-from at_extensions.publishing.pages import render
+from at_extensions.publishing.pages import compact_yaml, render
 from at_extensions.runs import RunDirectory, write_text
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class _Run:
     @property
     def recipe(self) -> str:
         """The configuration without the versions, as YAML."""
-        return yaml.safe_dump({k: v for k, v in self.config.items() if k != "versions"}, sort_keys=False).strip()
+        return compact_yaml({k: v for k, v in self.config.items() if k != "versions"}).strip()
 
     @property
     def versions(self) -> Mapping[str, Any]:
@@ -91,7 +90,7 @@ def write_report(
         raise ValueError("a report needs at least one run directory")
     for run in runs:
         if not Path(run.path).is_dir():
-            raise FileNotFoundError(f"no run directory {run.path}; train first: at-extensions train --out {run.path}")
+            raise FileNotFoundError(f"no run directory {run.path}; train first: at-extensions train {run.path}")
     pages = _read(runs)
     evaluated = {p.label: p.evaluation for p in pages if p.evaluation is not None}
     page = render(
@@ -102,7 +101,7 @@ def write_report(
         headline=_headline(evaluated),
         figures=_figures(pages, evaluated, class_names),
         triples=_triples(pages, class_names),
-        command=command,
+        command=command or "\n".join(_commands(pages)),
         attacks=plots.attacks_of({label: e for label, e in evaluated.items() if e.get("after_attack")}),
         has_groups=any(e.get("groups") for e in evaluated.values()),
         standard=all(e.get("version") == "standard" for e in evaluated.values()),
@@ -118,6 +117,17 @@ def _read(runs: Sequence[RunDirectory]) -> list[_Run]:
     if len(set(names)) < len(names):
         names = [f"{i}. {name}" for i, name in enumerate(names, 1)]
     return [_Run(n, r.config(), r.metrics(), r.evaluation(), r.examples()) for n, r in zip(names, runs)]
+
+
+def _commands(pages: Sequence[_Run]) -> list[str]:
+    """What to type to train and evaluate each run again."""
+    lines = []
+    for page in pages:
+        trained = train_command(page.config, page.label)
+        lines.append(trained or f"# {page.label}: config.yaml does not say how it was trained")
+        if page.evaluation is not None:
+            lines.append(evaluate_command(page.evaluation, page.label))
+    return lines
 
 
 def _threat(evaluation: Mapping[str, Any]) -> str:

@@ -1,0 +1,295 @@
+"""A finished run as a folder that RobustBench, timm and people can use: weights, result, model card, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from at_extensions.checks import parse_fraction
+from at_extensions.evaluation import RobustnessReport
+from at_extensions.publishing.model_info import Paper, eps_fraction, model_info, write_model_info
+from at_extensions.publishing.pages import compact_yaml, render
+from at_extensions.publishing.standalone import sources
+from at_extensions.publishing.zoo import TEST_IMAGES, THREAT_MODELS, check_dataset, check_id, entry_name, is_ranked
+from at_extensions.runs import RunDirectory, load_tensors, read_recipe
+
+CHECKSUMS = "SHA256SUMS"
+_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+_STRIPPED = ("module.", "model.")  # RobustBench's loader cuts these out of names, wherever they stand
+_WRITTEN = {"preact_resnet": "PreActResNet-", "cifar_resnet": "ResNet-", "resnet": "ResNet-"}
+
+
+@dataclass(frozen=True)
+class _Submission:
+    """Everything the folder is made from."""
+
+    model_id: str
+    dataset: str
+    architecture: str
+    paper: Paper
+    report: RobustnessReport
+    recipe: Mapping[str, Any]
+    config: Mapping[str, Any]
+    history: list[dict]
+    tensors: Mapping[str, Tensor]
+    weights: Path
+    shortcomings: list[str]
+
+    @property
+    def threat_model(self) -> str:
+        return self.report.norm
+
+    @property
+    def entry_name(self) -> str:
+        return entry_name(self.model_id, self.dataset, self.threat_model)
+
+    @property
+    def module(self) -> str:
+        return self.model_id.lower().replace("-", "_")
+
+    @property
+    def eps(self) -> str:
+        return eps_fraction(self.report.eps, self.report.norm)
+
+    @property
+    def ranked(self) -> bool:
+        return is_ranked(self.dataset, self.threat_model)
+
+    @property
+    def known_architecture(self) -> bool:
+        """Whether RobustBench or timm has the network, but for its normalisation."""
+        return self.recipe["name"] != "small_cnn"
+
+    @property
+    def stripped_names(self) -> bool:
+        """Whether RobustBench's own loader would misread the names of the weights."""
+        return any(part in name for name in self.tensors for part in _STRIPPED)
+
+    @property
+    def settings(self) -> str:
+        """The run's configuration as YAML, without the folders of the machine it ran on."""
+        return compact_yaml({key: value for key, value in public_config(self.config).items() if key != "versions"})
+
+
+def publish(
+    run_dir: str | Path | RunDirectory,
+    paper: Paper,
+    model_id: str,
+    out: str | Path,
+    *,
+    dataset: str | None = None,
+    architecture: str | None = None,
+    allow_partial: bool = False,
+    allow_other_eps: bool = False,
+) -> Path:
+    """Write an evaluated run as a folder that is ready to submit to RobustBench.
+
+    The folder holds the weights as ``<id>.pt`` and ``<id>.safetensors``, ``model_info/<dataset>/<threat>/<id>.json``,
+    ``new_model_issue.md`` for RobustBench's tracker, ``model_zoo/`` for a pull request, ``zoo_entry.py``, which makes
+    the model loadable by RobustBench, AutoAttack's log and verdicts, the run's configuration, ``README.md`` and
+    ``SHA256SUMS``. Nothing of it names a folder of this machine.
+
+    Args:
+        run_dir: A run with weights and an ``evaluation.json``.
+        paper: What the result belongs to.
+        model_id: First author, year, first word of the title and an optional variant, such as
+            ``"Wang2023Better_WRN-28-10"``.
+        out: The folder to write; must not exist or be empty.
+        dataset: RobustBench's name of the data set; the run's own name for it if None.
+        architecture: Name of the network as people write it; made from the model's name if None.
+        allow_partial: Write a result that RobustBench would not rank (fewer test images than it asks for, another
+            version of AutoAttack, a data set or threat model it has no leaderboard for), marked as such.
+        allow_other_eps: Publish an evaluation at another radius than the run trained for.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: ``out`` holds something.
+        FileNotFoundError: The run has no weights or no evaluation.
+        ValueError: A name that RobustBench or timm would not take, an evaluation that is incomplete, older than the
+            weights, at another radius or not to be ranked, weights that name no recipe.
+    """
+    run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
+    check_id(model_id)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; choose another or delete it")
+    submission = _read(run, paper, model_id, dataset, architecture)
+    if submission.shortcomings and not allow_partial:
+        raise ValueError(
+            f"RobustBench would not rank this result: {'; '.join(submission.shortcomings)}. To publish it all the "
+            "same, marked as such, pass allow_partial (--allow-partial)"
+        )
+    _check_eps(submission, allow_other_eps)
+    _check_new(submission)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(submission, partial)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _read(run: RunDirectory, paper: Paper, model_id: str, dataset: str | None, architecture: str | None) -> _Submission:
+    weights, evaluation, config = run.published_weights(), run.path / "evaluation.json", run.config()
+    if not evaluation.is_file():
+        raise FileNotFoundError(f"{run.path} has no evaluation.json; run: at-extensions evaluate {run.path}")
+    if weights.stat().st_mtime_ns > evaluation.stat().st_mtime_ns:
+        raise ValueError(f"{evaluation} is older than {weights}; evaluate the run again")
+    report, recipe = RobustnessReport.load(evaluation), read_recipe(weights)
+    if recipe is None:
+        raise ValueError(f"{weights} names no recipe; publish models that create_model made")
+    dataset = check_dataset(dataset or _dataset_of(config))
+    classes = _CLASSES.get(dataset, report.num_classes)
+    if recipe["num_classes"] != classes or report.num_classes != classes:
+        raise ValueError(f"{dataset} has {classes} classes, the model {recipe['num_classes']}")
+    return _Submission(
+        model_id, dataset, architecture or written_name(recipe["name"]), paper, report, recipe, config, run.metrics(),
+        load_tensors(weights)[0], weights, shortcomings(report, dataset),
+    )  # fmt: skip
+
+
+def _dataset_of(config: Mapping[str, Any]) -> str:
+    name = (config.get("data") or {}).get("name")
+    if not name or ":" in name:
+        raise ValueError(f"the run's data are {name!r}; say which data set they are: dataset='cifar10' (--dataset)")
+    return name
+
+
+def shortcomings(report: RobustnessReport, dataset: str) -> list[str]:
+    """Return why RobustBench would not rank an evaluation; empty if it would."""
+    found = []
+    if dataset not in TEST_IMAGES:
+        found.append(f"RobustBench has no leaderboard of {dataset}")
+    elif report.n_examples < TEST_IMAGES[dataset]:
+        found.append(f"only {report.n_examples:,} of {TEST_IMAGES[dataset]:,} test images were attacked")
+    if report.norm not in THREAT_MODELS:
+        found.append(f"RobustBench has no leaderboard of {report.norm}")
+    if report.version != "standard":
+        found.append(f"AutoAttack's version was {report.version}, not standard")
+    if report.precision != "fp32":
+        found.append(f"adversarial examples were searched in {report.precision}, not fp32")
+    return found
+
+
+def _check_eps(submission: _Submission, allow_other: bool) -> None:
+    trained, evaluated = (submission.config.get("method") or {}).get("eps"), submission.report.eps
+    if allow_other or (trained is not None and math.isclose(parse_fraction(trained), evaluated, rel_tol=1e-6)):
+        return
+    known = "does not say" if trained is None else f"says {trained}"
+    raise ValueError(
+        f"the evaluation is at eps {submission.eps}, but config.yaml {known} what eps the run trained for; evaluate "
+        "again, or pass allow_other_eps (--allow-other-eps)"
+    )
+
+
+def _check_new(submission: _Submission) -> None:
+    """Refuse an id that RobustBench's zoo has, or that the name in timm cannot tell from one."""
+    from robustbench.model_zoo import model_dicts
+
+    for dataset, boards in model_dicts.items():
+        for threat_model, entries in boards.items():
+            if (dataset.value, threat_model.value) == (submission.dataset, submission.threat_model):
+                taken = {name.lower().replace("-", "_"): name for name in entries}
+                if submission.module in taken:
+                    raise ValueError(f"RobustBench has {taken[submission.module]} already; add a variant to the id")
+
+
+def written_name(name: str) -> str:
+    """Return an architecture as people write it: ``wide_resnet_28_10`` -> ``WideResNet-28-10``."""
+    family = name.rstrip("0123456789_")
+    if family.endswith("wide_resnet"):
+        return "WideResNet" + name.removeprefix(family).replace("_", "-")
+    number = name.removeprefix(family)
+    return _WRITTEN[family] + number if family in _WRITTEN and number.isdecimal() else name
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration without the folders that data lay in."""
+    public = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    data = public.get("data")
+    if isinstance(data, dict):
+        data.pop("root", None)
+        kind, colon, path = str(data.get("name")).partition(":")
+        if colon:
+            data["name"] = f"{kind}:{path.replace(chr(92), '/').rsplit('/', 1)[-1]}"
+    return public
+
+
+def _write(submission: _Submission, folder: Path) -> None:
+    """Fill the folder; the checksums come last."""
+    _write_weights(submission, folder)
+    code = sources(
+        submission.recipe, submission.model_id, submission.dataset, submission.threat_model, submission.entry_name
+    )
+    _write_result(submission, folder)
+    texts = {
+        "config.yaml": compact_yaml(public_config(submission.config)),
+        "autoattack.log": render("autoattack.log", report=submission.report),
+        "zoo_entry.py": code.zoo_entry,
+        f"model_zoo/architectures/{submission.module}.py": code.architecture,
+        "new_model_issue.md": _page("new_model_issue.md", submission),
+        "README.md": _page("README.md", submission),
+    }
+    if submission.ranked:
+        texts["model_zoo/entry.txt"] = render("model_zoo_entry.txt", it=submission)
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / CHECKSUMS).write_text(checksums(folder), encoding="utf-8")
+
+
+def _write_weights(submission: _Submission, folder: Path) -> None:
+    shutil.copyfile(submission.weights, folder / f"{submission.model_id}.safetensors")
+    torch.save({"state_dict": dict(submission.tensors)}, folder / f"{submission.model_id}.pt")
+
+
+def _write_result(submission: _Submission, folder: Path) -> None:
+    marks = [submission.paper.footnote] if submission.paper.footnote else []
+    if submission.shortcomings:
+        marks.append(f"Not comparable with the leaderboard: {'; '.join(submission.shortcomings)}.")
+    info = model_info(
+        submission.report,
+        submission.paper,
+        dataset=submission.dataset,
+        architecture=submission.architecture,
+        footnote=" ".join(marks),
+    )
+    write_model_info(info, folder / "model_info", submission.model_id, submission.threat_model)
+    submission.report.save(folder / "evaluation.json")
+
+
+def _page(template: str, submission: _Submission) -> str:
+    """A Markdown page; what the paper says stays on one line each, and is no markup."""
+    paper = {name: html.escape(" ".join(str(getattr(submission.paper, name)).split()), quote=False) for name in
+             ("title", "authors", "link", "venue", "code")}  # fmt: skip
+    best = max(submission.history, key=lambda row: row.get("val_robust_accuracy") or 0.0, default=None)
+    return render(template, it=submission, paper=paper, report=submission.report, best=best)
+
+
+def checksums(folder: Path) -> str:
+    """Return SHA-256 of every file under ``folder``, as ``sha256sum`` writes and checks them."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / CHECKSUMS)
+    return "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

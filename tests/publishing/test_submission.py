@@ -1,0 +1,244 @@
+"""The folder that is submitted: what is in it, and what is refused."""
+
+import hashlib
+import json
+import os
+import re
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from at_extensions.publishing import Paper, check_model_info, publish
+from at_extensions.publishing.submission import public_config, written_name
+
+ID = "Sun2023Enhance_CNN-4"
+
+
+@pytest.fixture
+def folder(make_trained, paper, tmp_path):
+    return publish(make_trained(), paper, ID, tmp_path / "out")
+
+
+def test_the_folder_holds_everything(folder):
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        f"{ID}.pt", f"{ID}.safetensors", f"model_info/cifar10/Linf/{ID}.json", "new_model_issue.md", "README.md",
+        "SHA256SUMS", "autoattack.log", "config.yaml", "evaluation.json", "zoo_entry.py", "model_zoo/entry.txt",
+        "model_zoo/architectures/sun2023enhance_cnn_4.py",
+    }  # fmt: skip
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_result_is_robustbenchs(folder):
+    info = json.loads((folder / "model_info" / "cifar10" / "Linf" / f"{ID}.json").read_text())
+    assert check_model_info(info) == {
+        "link": "https://example.org/sun", "name": "Enhanced training", "authors": "A. Sun, B. Moon",
+        "additional_data": False, "number_forward_passes": 1, "dataset": "cifar10", "venue": "ICML 2023",
+        "architecture": "small_cnn", "eps": "8/255", "clean_acc": "90.00", "reported": "51.00",
+        "autoattack_acc": "50.00", "footnote": "", "unreliable": False,
+    }  # fmt: skip
+
+
+def test_every_file_has_its_checksum(folder):
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    listed = dict(reversed(line.split("  ", 1)) for line in lines)
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS"}
+    assert listed == {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
+
+
+@pytest.mark.parametrize(("model", "options"), [("small_cnn", {}), ("wide_resnet_10_1", {})])
+def test_robustbenchs_own_loader_reads_the_checkpoint(make_trained, paper, tmp_path, model, options):
+    from robustbench.utils import rm_substr_from_state_dict
+
+    run = make_trained(model=model, **options)
+    folder = publish(run, paper, ID, tmp_path / "out")
+    checkpoint = torch.load(folder / f"{ID}.pt", weights_only=True)
+    state = rm_substr_from_state_dict(rm_substr_from_state_dict(checkpoint["state_dict"], "module."), "model.")
+    namespace = {"__name__": "architecture"}
+    exec((folder / "model_zoo" / "architectures" / "sun2023enhance_cnn_4.py").read_text(), namespace)
+    built = namespace["build"]()
+    built.load_state_dict(state, strict=True)
+    weights = load_file(run.weights())
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+    assert (folder / f"{ID}.safetensors").read_bytes() == run.weights().read_bytes()
+
+
+def test_the_issue_has_every_line_of_the_template(folder):
+    text = (folder / "new_model_issue.md").read_text()
+    for line in ("[New Model] Sun2023Enhance_CNN-4", "- **Paper Title**: Enhanced training",
+                 "- **Paper URL**: https://example.org/sun", "- **Paper authors**: A. Sun, B. Moon", "## Model 1",
+                 "- **Architecture**: small_cnn", "- **Threat Model**: Linf", "- **eps**: 8/255",
+                 "- **Clean accuracy**: 90.00", "- **Robust accuracy**: 50.00", "- **Additional data**: false",
+                 "- **Dataset**: cifar10", "- **Venue**: ICML 2023", "- **Checkpoint and code**: (the URL",
+                 "robust accuracy after APGD-CE: 70.00%", "robust accuracy: 50.00%"):  # fmt: skip
+        assert line in text
+    assert re.findall(r"^#+ .*", text, re.MULTILINE) == ["# Paper Information", "# Leaderboard Claim(s)", "## Model 1",
+                                                         "# Model Zoo:"]  # fmt: skip
+    assert text.count("- [ ]") == 3  # small_cnn is in no zoo; wanting to be there and the licence are the author's word
+    assert "NOT READY" not in text
+
+
+def test_a_known_architecture_is_ticked(make_trained, paper, tmp_path):
+    folder = publish(make_trained(model="wide_resnet_10_1"), paper, ID, tmp_path / "out")
+    text = (folder / "new_model_issue.md").read_text()
+    assert text.count("- [x] I use an architecture that is included") == 1
+    assert "- **Architecture**: WideResNet-10-1" in text
+
+
+def test_the_model_card_says_how_it_was_made(folder):
+    text = (folder / "README.md").read_text()
+    front, body = text.split("---\n")[1:3]
+    assert yaml.safe_load(front)["tags"]
+    parts = (
+        f"# {ID}", "| clean | 90.00 % |", "| after apgd-ce | 70.00 % |", "**50.00 %** (40.00 to 60.00 at 95 %)",
+        "10,000 test images, seed 3", f'load_model("{ID}", dataset="cifar10", threat_model="Linf")',
+        "epoch 3, the best", "seed: 7", "steps: 10", f"torch {torch.__version__}",
+        "class_counts: [5000, 5000",
+    )  # fmt: skip
+    for part in parts:
+        assert part in body
+    assert "Not comparable" not in body
+
+
+def test_no_folder_of_this_machine_is_named(folder, tmp_path):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"somebody" not in content
+            assert str(tmp_path).encode() not in content
+
+
+def test_paths_are_cut_from_the_configuration():
+    config = {"data": {"name": "npz:/home/me/digits.npz", "root": "/home/me"}, "seed": 1}
+    assert public_config(config) == {"data": {"name": "npz:digits.npz"}, "seed": 1}
+    assert config["data"]["root"] == "/home/me"
+    assert public_config({"data": {"name": r"npz:C:\me\digits.npz"}})["data"]["name"] == "npz:digits.npz"
+
+
+def test_what_the_paper_says_cannot_change_the_page(make_trained, tmp_path):
+    paper = Paper("T\n# Head <script>", "A\n- [x] B", "https://example.org", "V\n\n```")
+    folder = publish(make_trained(), paper, ID, tmp_path / "out")
+    for name in ("README.md", "new_model_issue.md"):
+        text = (folder / name).read_text()
+        assert "T # Head &lt;script&gt;" in text
+        assert "<script>" not in text
+        assert "\n# Head" not in text
+        assert "\n- [x] B" not in text
+
+
+def test_a_partial_result_is_refused_or_marked(make_trained, paper, tmp_path):
+    run = make_trained(report=make_trained.evaluation(n=1000, version="custom", precision="bf16"))
+    with pytest.raises(ValueError, match=r"only 1,000 of 10,000 test images.*not standard.*bf16.*--allow-partial"):
+        publish(run, paper, ID, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    folder = publish(run, paper, ID, tmp_path / "out", allow_partial=True)
+    mark = "only 1,000 of 10,000 test images were attacked"
+    info = json.loads((folder / "model_info" / "cifar10" / "Linf" / f"{ID}.json").read_text())
+    assert mark in info["footnote"]
+    assert mark in (folder / "README.md").read_text()
+    assert "NOT READY FOR SUBMISSION" in (folder / "new_model_issue.md").read_text()
+
+
+def test_data_without_a_leaderboard(make_trained, paper, tmp_path):
+    run = make_trained(data="digits")
+    with pytest.raises(ValueError, match="no leaderboard of digits"):
+        publish(run, paper, ID, tmp_path / "out")
+    folder = publish(run, paper, ID, tmp_path / "out", allow_partial=True)
+    assert not (folder / "model_zoo" / "entry.txt").exists()
+    call = 'timm.create_model("sun2023enhance_cnn_4_digits_linf", pretrained=True)'
+    assert call in (folder / "zoo_entry.py").read_text()
+    assert call in (folder / "README.md").read_text()
+
+
+def test_a_file_of_data_needs_a_name(make_trained, paper, tmp_path):
+    run = make_trained(data="npz:/home/me/cifar.npz")
+    with pytest.raises(ValueError, match="dataset='cifar10'"):
+        publish(run, paper, ID, tmp_path / "out")
+    assert publish(run, paper, ID, tmp_path / "out", dataset="cifar10").is_dir()
+
+
+def test_an_unreliable_result_says_so(make_trained, paper, tmp_path):
+    flag = {"name": "randomized", "message": "the model answers differently", "overestimates": True}
+    run = make_trained(report=make_trained.evaluation(n=10_000, flags=[flag], reliable=False))
+    folder = publish(run, paper, ID, tmp_path / "out")
+    info = json.loads((folder / "model_info" / "cifar10" / "Linf" / f"{ID}.json").read_text())
+    assert info["unreliable"] is True
+    assert "- **randomized**: the model answers differently" in (folder / "README.md").read_text()
+    assert "warning: randomized" in (folder / "autoattack.log").read_text()
+
+
+def test_an_old_result_is_refused(make_trained, paper, tmp_path):
+    run = make_trained()
+    now = (run.path / "evaluation.json").stat().st_mtime_ns
+    os.utime(run.weights(), ns=(now, now + 10**9))
+    with pytest.raises(ValueError, match=r"older than .* evaluate the run again"):
+        publish(run, paper, ID, tmp_path / "out")
+
+
+def test_another_eps_than_in_training_is_refused(make_trained, paper, tmp_path):
+    run = make_trained(report=make_trained.evaluation(n=10_000, eps=4 / 255))
+    with pytest.raises(ValueError, match=r"at eps 4/255, but config.yaml says 0\.03.*--allow-other-eps"):
+        publish(run, paper, ID, tmp_path / "out")
+    assert publish(run, paper, ID, tmp_path / "out", allow_other_eps=True).is_dir()
+
+
+def test_an_id_of_robustbenchs_zoo_is_refused(make_trained, paper, tmp_path):
+    with pytest.raises(ValueError, match="has Wang2023Better_WRN-28-10 already"):
+        publish(make_trained(), paper, "Wang2023Better_WRN_28-10", tmp_path / "out")
+
+
+def test_wrong_classes_are_refused(make_trained, paper, tmp_path):
+    with pytest.raises(ValueError, match="cifar100 has 100 classes, the model 10"):
+        publish(make_trained(), paper, ID, tmp_path / "out", dataset="cifar100")
+
+
+@pytest.mark.parametrize("model_id", ["Sun2023Enhance_v1.5", "../../Sun2023Enhance", "Sun2023Enhance/x"])
+def test_bad_ids_leave_nothing_behind(make_trained, paper, tmp_path, model_id):
+    run = make_trained()
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="a model id is"):
+        publish(run, paper, model_id, tmp_path / "out")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_an_unevaluated_run_and_a_full_folder_are_refused(make_trained, paper, tmp_path):
+    run = make_trained()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        publish(run, paper, ID, tmp_path / "full")
+    (run.path / "evaluation.json").write_text(json.dumps({"norm": "Linf"}))
+    with pytest.raises(ValueError, match="missing"):
+        publish(run, paper, ID, tmp_path / "out")
+    (run.path / "evaluation.json").unlink()
+    with pytest.raises(FileNotFoundError, match="at-extensions evaluate"):
+        publish(run, paper, ID, tmp_path / "out")
+    run.weights().unlink()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        publish(run, paper, ID, tmp_path / "out")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_a_failure_leaves_no_half_folder(make_trained, paper, tmp_path, monkeypatch):
+    from at_extensions.publishing import submission
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(submission, "checksums", fail)
+    with pytest.raises(OSError, match="disk full"):
+        publish(make_trained(), paper, ID, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("wide_resnet_28_10", "WideResNet-28-10"), ("dm_wide_resnet_70_16", "WideResNet-70-16"), ("resnet50", "ResNet-50"),
+     ("preact_resnet18", "PreActResNet-18"), ("cifar_resnet34", "ResNet-34"), ("convnext_tiny", "convnext_tiny"),
+     ("resnet50d", "resnet50d")],
+)  # fmt: skip
+def test_architectures_as_people_write_them(name, written):
+    assert written_name(name) == written
