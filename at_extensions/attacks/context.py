@@ -125,6 +125,17 @@ def check_attack(attack: Attack, model: nn.Module | None = None) -> Attack:
     return attack
 
 
+@contextlib.contextmanager
+def _searching_on(attack: Attack, twin: nn.Module | None) -> Iterator[None]:
+    model = attack.model
+    if twin is not None:
+        attack.model = twin
+    try:
+        yield
+    finally:
+        attack.model = model
+
+
 def perturb(
     attack: Attack,
     images: Tensor,
@@ -133,6 +144,7 @@ def perturb(
     loss: Callable[[Tensor], Tensor] | None = None,
     stream: RandomStream | None = None,
     batchnorm: str = "eval",
+    twin: nn.Module | None = None,
 ) -> Tensor:
     """Run an attack on a batch and leave nothing behind.
 
@@ -144,11 +156,13 @@ def perturb(
             scalar or (B,).
         stream: Where random starts come from; None draws from the global generators.
         batchnorm: As in ``attacking``.
+        twin: Computes what the attack's model computes in eval mode (``folding.fold_batchnorm``); searched on instead.
 
     Returns:
         Adversarial examples (B, C, H, W), detached.
     """
     attack.set_device(images.device)  # of attacks inside this one too
-    with attacking(attack.model, batchnorm), stream.on(images.device) if stream else contextlib.nullcontext():
+    drawing = stream.on(images.device) if stream else contextlib.nullcontext()
+    with _searching_on(attack, twin), attacking(attack.model, batchnorm), drawing:
         adversarial = attack.forward(images, labels) if loss is None else attack.forward(images, labels, loss)
     return adversarial.detach()

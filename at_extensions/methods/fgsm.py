@@ -32,6 +32,7 @@ class FGSMAT(Method):
         variant: ``"n"``, ``"rs"`` or ``"plain"``.
         attack: Any torchattacks attack on ``model`` instead; the other attack options are then unused.
         batchnorm: ``"eval"`` or ``"train"`` during the attack, as in ``Method``.
+        twin: Search on a folded twin of the model, as in ``Method``.
         seed: Where the stream of random starts begins.
 
     Raises:
@@ -48,10 +49,11 @@ class FGSMAT(Method):
         variant: str = "n",
         attack: Attack | None = None,
         batchnorm: str = "eval",
+        twin: bool = True,
         seed: int = 0,
     ):
         attack = _attack(model, variant, eps, alpha, k) if attack is None else attack
-        super().__init__(model, attack, batchnorm=batchnorm, seed=seed)
+        super().__init__(model, attack, batchnorm=batchnorm, twin=twin, seed=seed)
 
 
 def _attack(model: nn.Module, variant: str, eps: float, alpha: float | None, k: float | None) -> Attack:
@@ -72,10 +74,16 @@ def _attack(model: nn.Module, variant: str, eps: float, alpha: float | None, k: 
 
 @register("fgsm", "FGSM-AT (Goodfellow et al. 2015): one step of eps, no noise; overfits catastrophically")
 def fgsm(
-    model: nn.Module, *, eps: float = 8 / 255, attack: Attack | None = None, batchnorm: str = "eval", seed: int = 0
+    model: nn.Module,
+    *,
+    eps: float = 8 / 255,
+    attack: Attack | None = None,
+    batchnorm: str = "eval",
+    twin: bool = True,
+    seed: int = 0,
 ) -> FGSMAT:
     """Build FGSM-AT."""
-    return FGSMAT(model, eps=eps, variant="plain", attack=attack, batchnorm=batchnorm, seed=seed)
+    return FGSMAT(model, eps=eps, variant="plain", attack=attack, batchnorm=batchnorm, twin=twin, seed=seed)
 
 
 @register("rs_fgsm", "RS-FGSM (Wong et al. 2020): one step of 1.25 eps from a uniform start, projected")
@@ -86,10 +94,11 @@ def rs_fgsm(
     alpha: float | None = None,
     attack: Attack | None = None,
     batchnorm: str = "eval",
+    twin: bool = True,
     seed: int = 0,
 ) -> FGSMAT:
     """Build RS-FGSM."""
-    return FGSMAT(model, eps=eps, alpha=alpha, variant="rs", attack=attack, batchnorm=batchnorm, seed=seed)
+    return FGSMAT(model, eps=eps, alpha=alpha, variant="rs", attack=attack, batchnorm=batchnorm, twin=twin, seed=seed)
 
 
 @register("n_fgsm", "N-FGSM (de Jorge et al. 2022): one step of eps from noise of 2 eps, not projected")
@@ -101,7 +110,10 @@ def n_fgsm(
     k: float = 2.0,
     attack: Attack | None = None,
     batchnorm: str = "eval",
+    twin: bool = True,
     seed: int = 0,
 ) -> FGSMAT:
     """Build N-FGSM."""
-    return FGSMAT(model, eps=eps, alpha=alpha, k=k, variant="n", attack=attack, batchnorm=batchnorm, seed=seed)
+    return FGSMAT(
+        model, eps=eps, alpha=alpha, k=k, variant="n", attack=attack, batchnorm=batchnorm, twin=twin, seed=seed
+    )

@@ -22,7 +22,7 @@ ATTACKS = {
 def test_torchattacks_attacks_train(small_net, batch, name):
     net, (images, labels) = small_net(1), batch(2)
     expected = perturb(ATTACKS[name](net), images, labels, stream=RandomStream(3))
-    step = PGDAT(net, attack=ATTACKS[name](net), seed=3)(images, labels)
+    step = PGDAT(net, attack=ATTACKS[name](net), twin=False, seed=3)(images, labels)
     assert torch.equal(step.x_adv, expected)
     assert (expected - images).abs().max() > 0.01
     step.loss.backward()
