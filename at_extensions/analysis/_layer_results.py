@@ -1,0 +1,177 @@
+"""What a measurement of layer criticality found, with intervals over trials."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+CONFIDENCE = 0.95
+"""Of the intervals: Student's t over trials."""
+
+
+@dataclass(repr=False)
+class LayerCriticality:
+    """Criticality of each layer of one model; numbers are fractions unless they say otherwise.
+
+    Attributes:
+        values: By layer, its criticality in each trial.
+        accuracies: By layer, the accuracy after each trial's reset; None without labels.
+        accuracy: Of the model as it is; None without labels.
+        divergence: ``"cosine"``, ``"js"`` or ``"kl"``.
+        reset: How layers were reset.
+        inputs: The attack on whose examples it was measured; None for the images as given.
+        n_images: How many images there were.
+        seed: Trial t used ``seed + t``.
+        ci_width: The width that was asked of every interval, or None.
+        exact: Whether the reset has no chance in it, so that one trial says all.
+        tied: By layer, the further layers that share tensors with it and were reset with it.
+        whole: Layers for which the whole network was run each time, since too little could be kept.
+        wrapper: What the model's wrappers put before every layer name, such as ``"network."``.
+    """
+
+    values: dict[str, list[float]]
+    accuracies: dict[str, list[float]] | None = None
+    accuracy: float | None = None
+    divergence: str = "cosine"
+    reset: str = "random"
+    inputs: str | None = None
+    n_images: int = 0
+    seed: int = 0
+    ci_width: float | None = None
+    exact: bool = False
+    tied: dict[str, list[str]] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+    wrapper: str = ""
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, in the model's order."""
+        return list(self.values)
+
+    @functools.cached_property
+    def trials(self) -> dict[str, int]:
+        """By layer, how many trials there were."""
+        return {name: len(values) for name, values in self.values.items()}
+
+    @functools.cached_property
+    def mean(self) -> dict[str, float]:
+        """By layer, its criticality: the mean over trials."""
+        return {name: math.fsum(values) / len(values) for name, values in self.values.items()}
+
+    @functools.cached_property
+    def std(self) -> dict[str, float]:
+        """By layer, the standard deviation over trials (n - 1 in the denominator); NaN after one random trial."""
+        return {name: 0.0 if self.exact else standard_deviation(values) for name, values in self.values.items()}
+
+    @functools.cached_property
+    def interval(self) -> dict[str, tuple[float, float]]:
+        """By layer, the 95 % t-interval of the mean over resets, cut to the possible range; NaN after one trial."""
+        return {name: interval_of(v, self.divergence, self.exact) for name, v in self.values.items()}
+
+    @functools.cached_property
+    def accuracy_after(self) -> dict[str, float] | None:
+        """By layer, the accuracy after its reset, mean over trials; None without labels."""
+        if self.accuracies is None:
+            return None
+        return {name: math.fsum(values) / len(values) for name, values in self.accuracies.items()}
+
+    @property
+    def average(self) -> float:
+        """Unweighted mean over layers."""
+        return math.fsum(self.mean.values()) / len(self.mean)
+
+    @property
+    def unsettled(self) -> list[str]:
+        """Layers whose interval is still wider than ``ci_width``; none if no width was asked for."""
+        if self.ci_width is None:
+            return []
+        return [name for name, (low, high) in self.interval.items() if not high - low <= self.ci_width]
+
+    def stage(self, layer: str) -> str:
+        """Return the part of the network that a layer belongs to: ``"layer1"`` for ``"layer1.0.conv2"``."""
+        parts = layer.removeprefix(self.wrapper).split(".")
+        numbered = re.search(r"\d$", parts[0])
+        deep = len(parts) > 2 and re.search(r"\d$", parts[1])
+        return ".".join(parts[:2]) if deep and not numbered else parts[0]
+
+    def by_stage(self) -> dict[str, float]:
+        """Return the unweighted mean criticality of each stage, in the model's order."""
+        stages: dict[str, list[float]] = {}
+        for name, value in self.mean.items():
+            stages.setdefault(self.stage(name), []).append(value)
+        return {stage: math.fsum(values) / len(values) for stage, values in stages.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers and strings; ``from_dict`` reads it back."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        layers = [self._row(name) for name in self.layers]
+        return given | {"average": self.average, "stages": self.by_stage(), "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerCriticality:
+        """Rebuild a result from ``to_dict``."""
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+    def _row(self, name: str) -> dict[str, Any]:
+        low, high = self.interval[name]
+        return {
+            "layer": name,
+            "stage": self.stage(name),
+            "criticality": self.mean[name],
+            "std": _or_none(self.std[name]),
+            "low": _or_none(low),
+            "high": _or_none(high),
+            "trials": self.trials[name],
+            "accuracy_after": None if self.accuracies is None else self.accuracy_after[name],
+            "settled": name not in self.unsettled,
+        }
+
+    def __repr__(self) -> str:
+        on = "images" if self.inputs is None else f"adversarial images ({self.inputs})"
+        scale, unit = (1, "nats") if self.divergence == "kl" else (100, "%")
+        head = f"Layer criticality ({self.divergence}, {unit}; reset {self.reset}) on {self.n_images} {on}: "
+        head += f"average {scale * self.average:.2f}"
+        head += "" if self.accuracy is None else f"; accuracy {100 * self.accuracy:.2f} %"
+        width = max(len(name) for name in self.layers) + 1
+        title = f"{'layer':<{width}}{'mean':>7}{'std':>7}   {'95 % interval':<16}{'trials':>6}"
+        lines = [head, title + ("" if self.accuracies is None else f"{'accuracy after':>16}")]
+        for name in self.layers:
+            low, high = (scale * end for end in self.interval[name])
+            interval = "unknown" if math.isnan(low) else f"{low:.2f} to {high:.2f}"
+            mark = ("*" if name in self.unsettled else "") + ("=" if name in self.tied else "")
+            line = f"{name + mark:<{width}}{scale * self.mean[name]:>7.2f}{scale * self.std[name]:>7.2f}   "
+            line += f"{interval:<16}{self.trials[name]:>6}"
+            lines.append(line + ("" if self.accuracies is None else f"{100 * self.accuracy_after[name]:>16.2f}"))
+        if self.unsettled:
+            lines.append(f"* interval wider than {scale * self.ci_width:g}")
+        lines += [f"= {name} shares tensors with {', '.join(others)}" for name, others in self.tied.items()]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def half_width(std: float, n: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n) if n > 1 else math.nan
+
+
+def interval_of(values: Sequence[float], divergence: str, exact: bool = False) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    half = 0.0 if exact else half_width(standard_deviation(values), len(values))
+    if math.isnan(half):
+        return math.nan, math.nan
+    return max(mean - half, 0.0), mean + half if divergence == "kl" else min(mean + half, 1.0)
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

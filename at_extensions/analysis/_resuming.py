@@ -1,0 +1,122 @@
+"""Running a network with one layer changed, again and again, without computing anew what the layer cannot reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from at_extensions.analysis._recording import Operation, Recording
+from at_extensions.analysis._untouched import reseed
+
+Run = Callable[[Mapping[str, Tensor]], Tensor]
+"""From the weights that replace a layer's own to the logits of the batch."""
+
+
+class Schedule:
+    """The order in which layers are visited on a batch, and what is kept from one to the next.
+
+    The unchanged pass advances from layer to layer. A value stays as long as a later part of it or the pass of a layer
+    that is still to come reads it, so at any moment little more than the inputs of one block is held.
+
+    Args:
+        recording: The network's.
+        layers: By layer, the names of the weights that it replaces.
+        limit: Bytes that may be held; layers that would need more run the whole network.
+
+    Attributes:
+        resumed: Numbers of the layers that are resumed from kept values, in the order of the visit.
+        whole: Numbers of the layers that run the whole network.
+        idle: Numbers of the layers that the logits do not depend on; they are not visited.
+    """
+
+    def __init__(self, recording: Recording, layers: Sequence[Sequence[str]], limit: int):
+        self._recording = recording
+        touched = [recording.touched_by(names) for names in layers]
+        self._passes = [recording.compile(operations) for operations in touched]
+        self._needs = [
+            {slot for op in operations for slot in op.inputs if slot in recording.made} - {op.slot for op in operations}
+            for operations in touched
+        ]
+        self.idle = [i for i, operations in enumerate(touched) if not operations]
+        active = sorted((i for i in range(len(layers)) if touched[i]), key=lambda i: touched[i][0].slot)
+        self.whole = [i for i in active if recording.bytes_of(self._needs[i]) > limit]
+        self.resumed = [i for i in active if recording.bytes_of(self._needs[i]) <= limit]
+        while self._lay_out() > limit:
+            largest = max(self.resumed, key=lambda i: recording.bytes_of(self._needs[i]))
+            self.resumed.remove(largest)
+            self.whole.append(largest)
+
+    def _lay_out(self) -> int:
+        """Deal the unchanged pass out to the resumed layers; return the largest number of bytes held at one."""
+        made = self._recording.made
+        wanted = set().union(*(self._needs[i] for i in self.resumed))
+        for op in reversed(self._recording.operations):
+            if op.slot in wanted:
+                wanted |= op.inputs
+        rest = [op for op in self._recording.operations if op.slot in wanted]
+        self._advances: list[list[Operation]] = []
+        self._readers = dict.fromkeys(made & wanted, 0)
+        for i in self.resumed:
+            reach = max(self._needs[i], default=-1)
+            self._advances.append([op for op in rest if op.slot <= reach])
+            rest = [op for op in rest if op.slot > reach]
+            for slots in (self._needs[i], *(op.inputs & made for op in self._advances[-1])):
+                for slot in slots:
+                    self._readers[slot] += 1
+        held, most = {}, 0
+        for _ in self._visit(held, lambda op: None):
+            most = max(most, self._recording.bytes_of(set(held)))
+        return most
+
+    def _visit(self, held: dict[int, Any], compute: Callable[[Operation], Any]) -> Iterator[int]:
+        """Yield the resumed layers in order, each once ``held`` has the values that it needs."""
+        readers = dict(self._readers)
+        for i, advance in zip(self.resumed, self._advances):
+            for op in advance:
+                held[op.slot] = compute(op)
+                _release(op.inputs, readers, held)
+            yield i
+            _release(self._needs[i], readers, held)
+
+    def over(self, images: Tensor) -> Iterator[tuple[int, Run]]:
+        """Yield the number of each layer to visit, with the function that runs it; valid until the next is asked for.
+
+        Args:
+            images: (B, C, H, W), the shape that was recorded.
+        """
+        recording = self._recording
+        values = recording.fixed | {recording.image_slot: images}
+        for i in self.whole:
+            yield i, lambda weights: recording.run(recording.whole, values, weights)
+        for i in self._visit(values, lambda op: op(values, values)):
+            yield i, lambda weights, part=self._passes[i]: recording.run(part, values, weights)
+
+
+def _release(slots: Sequence[int] | set[int], readers: dict[int, int], held: dict[int, Any]) -> None:
+    """Count one reader less for each slot, and let go of the values that no reader is left for."""
+    for slot in slots:
+        if slot in readers:
+            readers[slot] -= 1
+            if readers[slot] == 0:
+                del held[slot]
+
+
+class WholeNetwork:
+    """What ``Schedule`` is for a network that cannot be recorded: every reset runs all of it."""
+
+    def __init__(self, model: nn.Module, layers: int, seed: int):
+        self.whole, self.resumed, self.idle = list(range(layers)), [], []
+        self._model, self._seed = model, seed
+
+    def over(self, images: Tensor) -> Iterator[tuple[int, Run]]:
+        """Yield the number of each layer with the function that runs it on ``images``."""
+
+        def run(weights: Mapping[str, Tensor]) -> Tensor:
+            reseed(self._seed)  # a random network meets the same chance in every pass
+            return functional_call(self._model, dict(weights), (images.clone(),))
+
+        for number in self.whole:
+            yield number, run

@@ -1,0 +1,247 @@
+"""Layer criticality: how far a network's predictions move when one layer is reset."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchattacks.attack import Attack
+
+from at_extensions.analysis._divergences import DIVERGENCES
+from at_extensions.analysis._layer_results import LayerCriticality, half_width, interval_of, standard_deviation
+from at_extensions.analysis._resets import Layer, Predicate, Resets, choose_layers, unique_tensors
+from at_extensions.analysis._sweeping import Sweeper, batches
+from at_extensions.analysis._untouched import untouched
+from at_extensions.attacks import RandomStream, check_attack, perturb
+from at_extensions.checks import check_count, check_images, check_labels, check_model, check_name, check_number
+from at_extensions.models import fresh_like
+
+
+def layer_criticality(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    fresh: Callable[[int], nn.Module] | None = None,
+    trials: int = 3,
+    layers: Predicate | Sequence[str] | None = None,
+    reset: str | Mapping[str, Tensor] = "random",
+    inputs: Attack | None = None,
+    divergence: str = "cosine",
+    batch_size: int = 64,
+    seed: int = 0,
+    ci_width: float | None = None,
+    max_trials: int = 20,
+    memory_limit: int = 2 * 2**30,
+    progress: bool = True,
+) -> LayerCriticality:
+    """Reset one layer at a time and measure how far the predictions move ("Criticality", arXiv 2410.14470).
+
+    With p = softmax f(x) and p' the same after layer l got the tensors of an untrained network drawn with
+    ``seed + t``, criticality(l) = 1 - mean over t and x of cos(p, p'). All else stays as trained, BatchNorm's
+    statistics too. Every layer meets the same images and, in trial t, the same untrained network.
+
+    The forward pass is recorded as a list of operations, so that a reset computes anew only what depends on the layer;
+    where that cannot be done (control flow that depends on data, say) the whole network runs. The model is measured in
+    eval mode and comes back as it was.
+
+    The same seed gives the same numbers for any ``memory_limit``, bit for bit on the CPU. Another ``batch_size``
+    changes how the kernels round, no more (about 1e-6 in float32); with an attack that starts at random it can also
+    change the draws, and so the examples.
+
+    Args:
+        model: Classifier of images in [0, 1] that returns logits (B, K).
+        images: (N, C, H, W) in [0, 1]; or uint8, scaled batch by batch. On any device.
+        labels: Class numbers (N,), for ``accuracy_after`` and for the attack (which otherwise attacks predictions).
+        fresh: ``seed -> module``, an untrained network of the same architecture; None means ``fresh_like``, for models
+            that ``create_model`` made. Only ``"random"`` and ``"norm_matched"`` resets use it.
+        trials: Resets of each layer, at least 1. One is enough, and all that is done, for resets without chance.
+        layers: What to reset: None for every Conv2d and Linear, names, or a predicate ``(name, module) -> bool``.
+            Layers that share a tensor are reset together, with a warning, under the first one's name.
+        reset: ``"random"``; ``"norm_matched"``, random tensors scaled to the norm of the trained ones (what is drawn
+            as zero stays zero); ``"permute"``, each trained tensor shuffled; ``"zero"``; or a state dict to rewind to.
+            The middle three leave buffers, such as BatchNorm's statistics, as trained.
+        inputs: An attack on this model, to measure on its adversarial examples, made once from the model as it is.
+        divergence: ``"cosine"``; ``"js"``, Jensen-Shannon in bits; or ``"kl"``, KL(p, p') in nats.
+        batch_size: Images at a time, at most.
+        seed: At least 0.
+        ci_width: Go on with trials until each layer's 95 % interval is at most this wide, layer by layer. Stopping at
+            the first interval that is narrow enough makes intervals a little too narrow.
+        max_trials: Where ``ci_width`` stops at the latest.
+        memory_limit: Bytes that may be kept to save work, half for untrained weights (one network's are always kept)
+            and half for activations. Layers whose inputs do not fit run the whole network.
+        progress: Show a bar where the error stream is a terminal.
+
+    Returns:
+        A ``LayerCriticality``.
+
+    Raises:
+        TypeError: An argument of the wrong kind.
+        ValueError: Images outside [0, 1] or none, labels out of range, an unknown layer (the nearest are named),
+            ``fresh`` or a state dict of another architecture, numbers out of range, logits that are not finite.
+    """
+    given, model = model, getattr(check_model(model), "_orig_mod", model)  # torch.compile's wrapper renames layers
+    _check_data(images, labels)
+    _check_numbers(trials, batch_size, seed, ci_width, max_trials, memory_limit)
+    check_name("divergence", divergence, DIVERGENCES)
+    chosen = choose_layers(model, layers)
+    _warn_of_tied(chosen)
+    state = unique_tensors(model)
+    resets = Resets(reset, fresh or functools.partial(fresh_like, model), seed, state, chosen)
+    if inputs is not None:
+        images = _adversarial(model, check_attack(inputs, given), images, labels, batch_size, state, seed)
+    with untouched(model):
+        sweeper = Sweeper(model, state, chosen, images, labels, batch_size, divergence, memory_limit // 2, seed)
+        plan = _Plan(trials, max_trials, ci_width, divergence) if resets.repeated else _Plan(1, 1, None, divergence)
+        measured = _measure(sweeper, chosen, resets, plan, memory_limit // 2, progress)
+    return LayerCriticality(
+        values={layer.name: [moved for moved, _ in rows] for layer, rows in zip(chosen, measured)},
+        accuracies=None if labels is None else {layer.name: [a for _, a in r] for layer, r in zip(chosen, measured)},
+        accuracy=sweeper.accuracy,
+        divergence=divergence,
+        reset=resets.name,
+        inputs=None if inputs is None else inputs.attack,
+        n_images=len(images),
+        seed=seed,
+        ci_width=ci_width,
+        exact=not resets.repeated,
+        tied={layer.name: list(layer.tied) for layer in chosen if layer.tied},
+        whole=[chosen[i].name for i in sorted(sweeper.whole)],
+        wrapper=_wrapper(model),
+    )
+
+
+@dataclass
+class _Plan:
+    """How many trials a layer gets."""
+
+    trials: int
+    max_trials: int
+    ci_width: float | None
+    divergence: str
+
+    def more(self, values: Sequence[float]) -> int:
+        """How many trials to add to these: enough for the width as far as one can tell, at most as many again."""
+        done = len(values)
+        if done < self.trials:
+            return self.trials
+        if self.ci_width is None or done >= self.max_trials:
+            return 0
+        low, high = interval_of(values, self.divergence)
+        if high - low <= self.ci_width:
+            return 0
+        needed, std = done + 1, standard_deviation(values)
+        while needed < min(2 * done, self.max_trials) and 2 * half_width(std, needed) > self.ci_width:
+            needed += 1
+        return needed - done
+
+
+def _measure(
+    sweeper: Sweeper, layers: Sequence[Layer], resets: Resets, plan: _Plan, limit: int, progress: bool
+) -> list[list[list[float]]]:
+    """By layer and trial, the mean divergence and the accuracy."""
+    from tqdm import tqdm
+
+    rows: list[list[list[float]]] = [[] for _ in layers]
+    with tqdm(desc="criticality", unit="reset", total=0, disable=None if progress else True) as bar:
+        while True:
+            counts = [len(row) for row in rows]
+            more = [plan.more([moved for moved, _ in row]) for row in rows]
+            if not any(more):
+                return rows
+            bar.total += sum(more) * len(sweeper)
+            wanted = [range(n, n + extra) for n, extra in zip(counts, more)]
+            for trials in _parts(wanted, [resets.bytes_of(layer) for layer in layers], limit):
+                drawn = {}
+                for trial in trials:
+                    numbers = [i for i, asked in enumerate(wanted) if trial in asked]
+                    new = resets.trial(trial, [layers[i] for i in numbers])
+                    drawn |= {(i, trial): tensors for i, tensors in zip(numbers, new)}
+                for (i, _), row in sweeper.sweep(drawn, bar.update).items():
+                    rows[i].append(row)
+
+
+def _parts(wanted: Sequence[range], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Deal trials out, at least one at a time, so that the new weights of a part stay within ``limit`` bytes.
+
+    Args:
+        wanted: By layer, its trials.
+        sizes: By layer, its bytes.
+        limit: Of a part.
+    """
+    part, held = [], 0
+    for trial in sorted({t for asked in wanted for t in asked}):
+        size = sum(size for size, asked in zip(sizes, wanted) if trial in asked)
+        if part and held + size > limit:
+            yield part
+            part, held = [], 0
+        part.append(trial)
+        held += size
+    yield part
+
+
+def _adversarial(
+    model: nn.Module,
+    attack: Attack,
+    images: Tensor,
+    labels: Tensor | None,
+    batch_size: int,
+    state: Mapping[str, Tensor],
+    seed: int,
+) -> Tensor:
+    """Adversarial examples of all images, kept where the images are."""
+    stream, examples = RandomStream(seed), []
+    with untouched(model):
+        for x, y, n in batches(images, labels, batch_size, state):
+            if y is None:
+                y = model(x.clone())[:n].argmax(1)
+            examples.append(perturb(attack, x[:n], y, stream=stream).to(images.device))
+    return torch.cat(examples)
+
+
+def _check_data(images: Tensor, labels: Tensor | None) -> None:
+    if isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.numel():
+        check_images(images[:1].float() / 255)
+    else:
+        check_images(images)
+    if labels is not None:
+        check_labels(labels, size=len(images))
+
+
+def _check_numbers(
+    trials: int, batch_size: int, seed: int, ci_width: float | None, max_trials: int, memory_limit: int
+) -> None:
+    check_count("trials", trials, at_least=1 if ci_width is None else 2)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, at_least=0)
+    check_count("memory_limit", memory_limit, at_least=0)
+    if ci_width is not None:
+        check_number("ci_width", ci_width, above=0)
+        check_count("max_trials", max_trials, at_least=trials)
+
+
+def _warn_of_tied(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if layer.tied:
+            others = ", ".join(layer.tied)
+            warnings.warn(f"layer {layer.name} shares tensors with {others}; they are reset together", stacklevel=3)
+
+
+def _wrapper(model: nn.Module) -> str:
+    """The common beginning of layer names that comes from modules around the network itself."""
+    prefix = ""
+    while True:
+        inner = [(n, m) for n, m in model.named_children() if next(m.parameters(), None) is not None]
+        own = next(model.parameters(recurse=False), None)
+        if (
+            own is not None
+            or len(inner) != 1
+            or isinstance(inner[0][1], nn.Sequential)
+            or not [*inner[0][1].children()]
+        ):
+            return prefix
+        prefix, model = f"{prefix}{inner[0][0]}.", inner[0][1]
