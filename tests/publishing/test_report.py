@@ -82,7 +82,10 @@ def test_different_threat_models_are_not_ranked(make_run, tmp_path, read):
 
 def test_groups_and_a_partial_suite_are_shown(make_run, tmp_path, read):
     groups = {"head": {"clean": 0.9, "robust": 0.7}, "tail": {"clean": 0.345, "robust": None}}
-    page = read(write_report([make_run("a", make_run.evaluation(groups=groups, version="custom"))], tmp_path))
+    page = read(
+        write_report([make_run("a", make_run.evaluation(groups=groups, version="custom", precision="bf16"))], tmp_path)
+    )
+    assert "custom, searched in bf16, verified in fp32" in page.text
     assert "tail 34.5 % –" in page.text
     assert "not comparable with RobustBench" in page.text
 
