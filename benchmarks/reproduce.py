@@ -55,12 +55,30 @@ GPU_NET = {"model": "preact_resnet18", "precision": "bf16"}
 STUDIES = {
     "baseline": Study(
         question="How robust is the plain N-FGSM baseline of this package on CIFAR-10?",
-        arms={"n_fgsm": Arm({"method": "n_fgsm"})},
+        arms={
+            "n_fgsm": Arm({"method": "n_fgsm"}),
+            "n_fgsm_wrn": Arm({"method": "n_fgsm", "model": "wide_resnet_10_2", "model_options": None, "epochs": 10}),
+        },
         common={
             "cpu": CPU_NET | {"epochs": 24, "lr": 0.2, "warmup": 0.3, "val_fraction": 0.02},
             "gpu": GPU_NET | {"epochs": 30, "lr": 0.2, "warmup": 0.3, "val_fraction": 0.02},
         },
         seeds=(0,),
+    ),
+    "strength": Study(
+        question="Networks of one architecture, trained clean and at growing eps, for measurements of the model.",
+        arms={
+            "standard": Arm({"method": "standard"}),
+            "eps2": Arm({"method": "n_fgsm", "eps": 2 / 255}),
+            "eps4": Arm({"method": "n_fgsm", "eps": 4 / 255}),
+            "eps8": Arm({"method": "n_fgsm", "eps": 8 / 255}),
+        },
+        common={
+            "cpu": CPU_NET | {"epochs": 12, "lr": 0.2, "warmup": 0.3, "val_fraction": 0.02},
+            "gpu": GPU_NET | {"epochs": 30, "lr": 0.2, "warmup": 0.3, "val_fraction": 0.02},
+        },
+        seeds=(0,),
+        autoattack={"cpu": 0, "gpu": 0},
     ),
 }
 
@@ -87,13 +105,14 @@ def run_arm(study: str, arm: str, seed: int, args: argparse.Namespace) -> Path:
         "epochs": run.metrics(),
         "training_seconds": sum(row["seconds"] + row.get("val_seconds", 0.0) for row in run.metrics()),
     }
-    result |= measure(run, plan, args, attacked=seed == args.seeds[0] or not plan.arms[arm].only_first_seed_attacked)
+    first = seed == args.seeds[0] or not plan.arms[arm].only_first_seed_attacked
+    result |= measure(run, plan, args, options["eps"], attacked=first and plan.autoattack[args.scale] != 0)
     result |= {"versions": versions(), "machine": machine(), "wall_seconds": time.time() - started}
     write_json(out, result)
     return out
 
 
-def measure(run: RunDirectory, plan: Study, args: argparse.Namespace, *, attacked: bool) -> dict:
+def measure(run: RunDirectory, plan: Study, args: argparse.Namespace, eps: float, *, attacked: bool) -> dict:
     """Clean and PGD-20 accuracy on all test images for the best and the last epoch; AutoAttack on the best."""
     trained = run.config()["data"]
     test = load_dataset(args.data, val_fraction=0.0).test
@@ -105,13 +124,13 @@ def measure(run: RunDirectory, plan: Study, args: argparse.Namespace, *, attacke
         model = load_model(run.weights(kind)).to(device)
         result[kind] = {"clean": share(count_correct(model, test, batch_size=250))}
         if plan.pgd20:
-            attack = PGD(model, EPS, 2 / 255, 20)
+            attack = PGD(model, eps, eps / 4, 20)
             result[kind]["pgd20"] = share(count_correct(model, test, attack=attack, batch_size=250))
     if attacked:
         result["autoattack"] = evaluate(
             load_model(run.published_weights()).to(device),
             test if plan.autoattack[args.scale] is None else test.subset(plan.autoattack[args.scale]),
-            eps=EPS,
+            eps=eps,
             state_dir=run.path / "autoattack_state",
             class_counts=trained["class_counts"] if trained["imbalance_ratio"] else None,
         ).to_dict()
