@@ -53,6 +53,11 @@ class LayerCriticality:
         return list(self.values)
 
     @functools.cached_property
+    def short_names(self) -> dict[str, str]:
+        """By layer, its name without the wrappers, by which models that are wrapped differently meet."""
+        return {name: name.removeprefix(self.wrapper) for name in self.values}
+
+    @functools.cached_property
     def trials(self) -> dict[str, int]:
         """By layer, how many trials there were."""
         return {name: len(values) for name, values in self.values.items()}
@@ -93,7 +98,7 @@ class LayerCriticality:
 
     def stage(self, layer: str) -> str:
         """Return the part of the network that a layer belongs to: ``"layer1"`` for ``"layer1.0.conv2"``."""
-        parts = layer.removeprefix(self.wrapper).split(".")
+        parts = self.short_names[layer].split(".")
         numbered = re.search(r"\d$", parts[0])
         deep = len(parts) > 2 and re.search(r"\d$", parts[1])
         return ".".join(parts[:2]) if deep and not numbered else parts[0]
@@ -104,6 +109,29 @@ class LayerCriticality:
         for name, value in self.mean.items():
             stages.setdefault(self.stage(name), []).append(value)
         return {stage: math.fsum(values) / len(values) for stage, values in stages.items()}
+
+    def minus(self, other: LayerCriticality) -> dict[str, tuple[float, float, float]]:
+        """Return by how much this exceeds ``other`` at each layer that both have: (difference, low, high).
+
+        The ends are those of Welch's 95 % t-interval, NaN where one trial leaves them unknown. Layers are matched, and
+        named, without their wrappers.
+
+        Raises:
+            ValueError: No layer in common.
+        """
+        theirs = {short: name for name, short in other.short_names.items()}
+        both = {short: name for name, short in self.short_names.items() if short in theirs}
+        if not both:
+            raise ValueError(f"no layer in common: {self.layers[0]!r}, ... and {other.layers[0]!r}, ...")
+        return {short: self._difference(name, other, theirs[short]) for short, name in both.items()}
+
+    def _difference(self, name: str, other: LayerCriticality, their_name: str) -> tuple[float, float, float]:
+        mean = self.mean[name] - other.mean[their_name]
+        parts = [(r.std[n] ** 2 / r.trials[n], r.trials[n]) for r, n in ((self, name), (other, their_name))]
+        variance = sum(part for part, _ in parts)
+        freedom = sum(part**2 / (n - 1) for part, n in parts if part > 0 and n > 1)
+        half = 0.0 if variance == 0 else _quantile(variance**2 / freedom) * math.sqrt(variance) if freedom else math.nan
+        return mean, mean - half, mean + half
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers and strings; ``from_dict`` reads it back."""
@@ -153,6 +181,7 @@ class LayerCriticality:
 
 
 def standard_deviation(values: Sequence[float]) -> float:
+    """With n - 1 in the denominator; NaN for one value."""
     if len(values) < 2:
         return math.nan
     mean = math.fsum(values) / len(values)
@@ -160,12 +189,18 @@ def standard_deviation(values: Sequence[float]) -> float:
 
 
 def half_width(std: float, n: int) -> float:
+    """Half the width of a 95 % t-interval of the mean of n values."""
+    return _quantile(n - 1) * std / math.sqrt(n) if n > 1 else math.nan
+
+
+def _quantile(freedom: float) -> float:
     from scipy.special import stdtrit
 
-    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n) if n > 1 else math.nan
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def interval_of(values: Sequence[float], divergence: str, exact: bool = False) -> tuple[float, float]:
+    """The 95 % t-interval of the mean, cut to what a divergence can be; NaN after one trial."""
     mean = math.fsum(values) / len(values)
     half = 0.0 if exact else half_width(standard_deviation(values), len(values))
     if math.isnan(half):
