@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from at_extensions.attacks import PGD, attacking
 from at_extensions.folding import fold_batchnorm
 from at_extensions.models import create_model
 
@@ -111,6 +112,27 @@ def test_a_model_without_a_foldable_batchnorm_has_no_twin_and_says_why(name, cap
     with caplog.at_level(logging.INFO, "at_extensions.folding"):
         assert fold_batchnorm(create_model(name, 3)) is None
     assert "no BatchNorm directly follows a convolution" in caplog.text
+
+
+def test_twenty_steps_of_training_with_and_without_the_twin_give_the_same_weights():
+    torch.manual_seed(0)
+    plain = double(create_model("small_cnn", 3, width=4))
+    twinned = copy.deepcopy(plain)
+    twin = fold_batchnorm(twinned)
+    x, y = images(8, size=8), torch.arange(8) % 3
+    for model, attack in ((plain, PGD(plain, 0.1, 0.03, 3)), (twinned, PGD(twin, 0.1, 0.03, 3))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        torch.manual_seed(1)
+        for _ in range(20):
+            twin.refresh()
+            with attacking(attack.model):
+                adversarial = attack.forward(x, y)
+            F.cross_entropy(model(adversarial), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = twinned.state_dict()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-10)
 
 
 # --- what folds, and what must not ------------------------------------------------------------------------------------
