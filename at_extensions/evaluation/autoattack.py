@@ -107,19 +107,21 @@ def evaluate(
     with sharing(shard) as ranks, isolated(device), attacking(model), torch.no_grad():
         torch.manual_seed(seed)  # for models that draw random numbers themselves
         clean = clean_pass(model, samples, batch_size, device, ranks)
-        _check_class_counts(class_counts, clean.num_classes)
-        suite, few_classes = plan.suite(clean.num_classes)
-        x, y = plan.first(torch.arange(len(samples)), batch_size)
-        flags = [few_classes, *signs.inspect(check_usable(suite, model, x), x, y, version=version)]
-        driver = Driver(
+        with ranks.in_step():
+            _check_class_counts(class_counts, clean.num_classes)
+            suite, few_classes = plan.suite(clean.num_classes)
+            x, y = plan.first(torch.arange(len(samples)), batch_size)
+            flags = [few_classes, *signs.inspect(check_usable(suite, model, x), x, y, version=version)]
+            search = search_model(model, x, precision, compiled=compile)
+        verdicts = Driver(
             model, samples, suite, norm, eps, seed_of=lambda number: seed + number, batch_size=batch_size,
-            device=device, search=search_model(model, x, precision, compiled=compile),
-            store=plan.claimed(Store(state_dir), suite, ranks), ranks=ranks, keep=keep_examples,
-            listener=_Bars() if progress and ranks.rank == 0 else None,
-        )  # fmt: skip
-        verdicts = driver.run(clean)
-        flags += plan.signs_of_masking(clean, verdicts)
-        examples = _examples(samples, clean, verdicts)
+            device=device, search=search, store=plan.claimed(Store(state_dir), suite, ranks), ranks=ranks,
+            keep=keep_examples, listener=_Bars() if progress and ranks.rank == 0 else None,
+        ).run(clean)  # fmt: skip
+        with ranks.in_step():
+            flags += plan.signs_of_masking(clean, verdicts)
+            examples = _examples(samples, clean, verdicts)
+        flags = ranks.gather(flags)[0]
     return RobustnessReport(
         norm=norm,
         eps=eps,

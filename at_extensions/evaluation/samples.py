@@ -94,7 +94,7 @@ class Samples:
             if self.fingerprints.setdefault(row, digest.digest()) != digest.digest():
                 raise ValueError(
                     f"sample {int(self.indices[row])} changed between two reads; evaluate a dataset without random "
-                    "augmentation"
+                    "augmentation, and the same one on every process"
                 )
 
 

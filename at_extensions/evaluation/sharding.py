@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -28,9 +29,16 @@ class Ranks:
         """Return every process's value, in the order of their ranks."""
         return [value]
 
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Wait for every process to end the block; if one fails, all do, rather than wait for it for ever."""
+        yield
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do this process's part of the work and return everyone's."""
-        return self.gather(work())
+        with self.in_step():
+            result = work()
+        return self.gather(result)
 
 
 class _ProcessGroup(Ranks):
@@ -46,20 +54,19 @@ class _ProcessGroup(Ranks):
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        # a rank that fails says so, or the others would wait for it
-        result, failure = None, None
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        failure = None
         try:
-            result = work()
+            yield
         except Exception as error:
             failure = error
-        answers = self.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        for rank, (_, message) in enumerate(answers):
+        for rank, message in enumerate(messages):
             if message is not None:
                 raise RuntimeError(f"the evaluation failed on rank {rank}: {message}")
-        return [answer for answer, _ in answers]
 
 
 @contextlib.contextmanager
@@ -70,7 +77,7 @@ def sharing(shard: bool) -> Iterator[Ranks]:
     """
     started = shard and dist.is_available() and not dist.is_initialized() and _launched_by_torchrun()
     if started:
-        dist.init_process_group("gloo")
+        _start_group()
     try:
         if not (shard and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             yield Ranks()
@@ -83,6 +90,17 @@ def sharing(shard: bool) -> Iterator[Ranks]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _start_group() -> None:
+    """Make a process group, out of the way of any that the script makes later on."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a group: under the same keys, a later one would look for the processes of this one
+    store = dist.PrefixStore(f"at_extensions.evaluation.{next(_groups)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+
+
+_groups = itertools.count()
 
 
 def _launched_by_torchrun() -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pyautoattack
 import pytest
@@ -55,14 +54,14 @@ def test_verdicts_are_pyautoattacks_own(net, make_images, label):
 @pytest.mark.parametrize(
     ("classes", "attacks"),
     [(2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "fab-t", "square"]),
-     (4, ["apgd-ce", "apgd-t", "fab-t", "square"])],
+     (4, ["apgd-ce", "apgd-t", "fab-t", "square"]), (1000, ["apgd-ce", "apgd-t", "fab-t", "square"])],
 )  # fmt: skip
-def test_few_classes_run_and_are_marked(linear, make_images, label, small_suite, classes, attacks):
+def test_few_and_many_classes_run_and_few_are_marked(linear, make_images, label, small_suite, classes, attacks):
     model, x = linear(classes), make_images(16)
     report = evaluate(model, x, label(model, x), eps=0.02)
     assert list(report.after_attack) == attacks
-    assert report.settings["fab-t"]["n_target_classes"] == classes - 1
-    assert [flag.name for flag in report.flags] == ([] if classes == 4 else ["few_classes"])
+    assert report.settings["fab-t"]["n_target_classes"] == min(9, classes - 1)
+    assert [flag.name for flag in report.flags] == ([] if classes >= 4 else ["few_classes"])
     assert report.reliable  # not standard is not unreliable
 
 
@@ -133,50 +132,6 @@ def test_the_same_seed_gives_the_same_result(net, make_images, label, small_suit
     assert torch.equal(first.examples.adversarial, second.examples.adversarial)
     other = evaluate(model, x, y, eps=0.02, seed=4, batch_size=8)
     assert not torch.equal(first.examples.adversarial, other.examples.adversarial)
-
-
-def test_a_dataset_is_read_in_batches(net, make_images, label, small_suite):
-    model, x = net(), make_images(40)
-    y = label(model, x, wrong=4)
-
-    class Counted(torch.utils.data.Dataset):
-        """Counts the images that it handed out and that are still alive."""
-
-        alive = peak = 0
-
-        def __len__(self):
-            return len(x)
-
-        def __getitem__(self, i):
-            import weakref
-
-            image = x[i].clone()
-            Counted.alive += 1
-            Counted.peak = max(Counted.peak, Counted.alive)
-            weakref.finalize(image, self.died)
-            return image, int(y[i]), i
-
-        @staticmethod
-        def died():
-            Counted.alive -= 1
-
-    by_dataset = evaluate(model, Counted(), eps=0.02, batch_size=8, keep_examples=3)
-    by_tensor = evaluate(model, x, y, eps=0.02, batch_size=8, keep_examples=3)
-    assert torch.equal(by_dataset.robust, by_tensor.robust)
-    assert torch.equal(by_dataset.examples.adversarial, by_tensor.examples.adversarial)
-    assert Counted.peak <= 8
-
-
-def test_a_dataset_that_changes_is_refused(net, make_images, label, small_suite):
-    x = make_images(10)
-    y = label(net(), x)
-
-    class Augmented(torch.utils.data.TensorDataset):
-        def __getitem__(self, i):
-            return x[i] + 0.1 * torch.rand(1), y[i]
-
-    with pytest.raises(ValueError, match="changed between two reads"):
-        evaluate(net(), Augmented(x, y), eps=0.02)
 
 
 def test_n_examples_is_a_subset_drawn_by_seed(net, make_images, label, small_suite):
@@ -286,16 +241,6 @@ def test_rand_is_for_randomized_models(linear, make_images, label, small_suite):
     assert torch.equal(first.robust, second.robust)  # the model's draws are seeded too
 
 
-def test_square_beating_gradients_is_flagged():
-    from at_extensions.evaluation.flags import square_improves
-
-    assert square_improves({"apgd-ce": 0.5, "square": 0.49}).name == "square_improves"
-    assert square_improves({"apgd-ce": 0.5, "square": 0.499}) is None
-    assert square_improves({"apgd-ce": 0.5, "square": 0.4, "apgd-t": 0.3}) is None
-    assert square_improves({"square": 0.4}) is None
-    assert square_improves({"apgd-ce": 0.5}) is None
-
-
 def test_only_examples_that_fool_the_model_within_reach_count(linear, make_images, label, monkeypatch):
     from at_extensions.evaluation import autoattack
 
@@ -384,19 +329,3 @@ def test_attacks_that_are_undefined_are_refused_where_asked_for(linear, make_ima
             version="custom",
             attacks=["apgd-t"],
         )
-
-
-@pytest.mark.parametrize(
-    ("items", "error", "message"),
-    [
-        ([(SimpleNamespace(), 1)], TypeError, "ToTensor"),
-        ([torch.rand(3, 6, 6)], TypeError, r"must be \(image, label\)"),
-        ([(torch.rand(3, 6, 6), 0), (torch.rand(3, 5, 6), 0)], ValueError, "resize"),
-        ([(torch.rand(3, 6, 6) + 1, 0)], ValueError, "normalisation"),
-        ([(torch.rand(3, 6, 6), -1)], ValueError, "labels"),
-        ([], ValueError, "empty"),
-    ],
-)
-def test_bad_datasets(linear, items, error, message):
-    with pytest.raises(error, match=message):
-        evaluate(linear(4), items, eps=0.1)
