@@ -68,6 +68,7 @@ class Method(nn.Module):
         self.stream = RandomStream(seed)
         folds = twin and batchnorm == "eval" and attack is not None and not attack._attacks
         self._twin: list[FoldedTwin | None] | None = [] if folds else None  # a list: the twin is no submodule
+        self._compiled: dict | None = None
 
     def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
         """Attack a batch and return its training loss.
@@ -103,14 +104,28 @@ class Method(nn.Module):
             return None
         if not self._twin:
             self._twin.append(fold_batchnorm(self.model))
-            if self._twin[0] is not None and self.model._compiled_call_impl is not None:
-                self._twin[0].compile()
+            if self._twin[0] is not None and self._compiled is not None:
+                self._twin[0].compile(**self._compiled)
         return None if self._twin[0] is None else self._twin[0].refresh()
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
         """Forward the adversarial examples once and return their cross-entropy."""
         logits = self.model(x_adv)
         return Step(F.cross_entropy(logits, y), logits, x_adv)
+
+    def compile(self, **options) -> None:
+        """Compile the model in place, and the twin that attacks search on: two graphs, the attack's and the training's.
+
+        State-dict keys stay as they are.
+
+        Args:
+            **options: Of ``torch.compile``, such as ``mode="reduce-overhead"`` for CUDA graphs.
+        """
+        self.model.compile(**options)
+        self._compiled = options
+        for twin in self._twin or []:
+            if twin is not None:
+                twin.compile(**options)
 
     def epoch_end(self) -> None:
         """Turn what was remembered during an epoch into what the next one needs; nothing by default."""

@@ -54,7 +54,7 @@ def train(
     train_size: int | None = None,
     precision: str = "fp32",
     channels_last: bool = True,
-    compile: bool = False,
+    compile: bool | str = False,
     ema: float | None = None,
     clip_grad: float | None = None,
     seed: int = 0,
@@ -101,7 +101,7 @@ def train(
         train_size: Train on that many images, as evenly over the classes as they allow.
         precision: fp32 or bf16.
         channels_last: Memory format of convolutions and images.
-        compile: Compile the model with torch.compile.
+        compile: Compile the model with torch.compile; a text is its mode, such as reduce-overhead for CUDA graphs.
         ema: Decay of the weights' exponential moving average, such as 0.995; it is then what is evaluated.
         clip_grad: Largest L2 norm of the gradient.
         seed: Of initial weights, order, augmentation and attacks.

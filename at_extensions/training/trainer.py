@@ -77,7 +77,8 @@ class Trainer:
         epochs: Passes over the training data.
         precision: ``"fp32"``, or ``"bf16"`` for autocast in attack and training pass.
         channels_last: Keep convolutions and images in that memory format.
-        compile: Compile the model in place with ``torch.compile``; state-dict keys stay as they are.
+        compile: Compile the model in place with ``torch.compile``, the attack's passes apart from the training's; a
+            text is its mode, such as ``"reduce-overhead"`` for CUDA graphs. State-dict keys stay as they are.
         ema: Decay of an exponential moving average of the weights (timm's ModelEmaV3), such as 0.995; then the average
             is what is validated, selected and saved, and the raw weights stay in the state file.
         clip_grad: Largest L2 norm of the whole gradient; None does not clip.
@@ -103,7 +104,7 @@ class Trainer:
         scheduler: LRScheduler | None = None,
         precision: str = "fp32",
         channels_last: bool = True,
-        compile: bool = False,
+        compile: bool | str = False,
         ema: float | None = None,
         clip_grad: float | None = None,
         val_attack: Callable[[nn.Module], Attack] | None = None,
@@ -123,7 +124,7 @@ class Trainer:
             method.model.to(memory_format=torch.channels_last)
         self.ema = None if ema is None else _average(method.model, check_number("ema", ema, above=0, below=1))
         if compile:
-            method.model.compile()
+            method.compile(**({"mode": compile} if isinstance(compile, str) else {}))
         make_attack = val_attack or _default_attack(method)
         self._val_attack = None if make_attack is None else make_attack(self.model)
         self.history = History()

@@ -71,3 +71,24 @@ def test_an_exception_in_the_attack_gives_the_attack_its_model_back():
     with pytest.raises(IndexError):
         method(torch.rand(2, 1, 8, 8), torch.tensor([0, 7]))
     assert method.attack.model is model
+
+
+def test_compiling_compiles_model_and_twin_and_changes_neither_keys_nor_results():
+    def step(compiled):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = create_model("small_cnn", 3, in_chans=1, width=4).double()
+        method = PGDAT(model, eps=0.1, alpha=0.03, steps=2)
+        keys = list(model.state_dict())
+        if compiled:
+            method.compile(backend="aot_eager")
+        generator = torch.Generator().manual_seed(1)
+        x = torch.rand(6, 1, 8, 8, generator=generator, dtype=torch.float64)
+        step = method(x, torch.arange(6) % 3)
+        assert list(model.state_dict()) == keys
+        if compiled:
+            assert method._twin[0]._compiled_call_impl is not None
+        return step
+
+    for eager, compiled in zip(step(False), step(True), strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=0, atol=1e-10)
