@@ -116,7 +116,7 @@ def publish(
     Raises:
         FileExistsError: ``out`` holds something.
         FileNotFoundError: The run has no weights or no evaluation.
-        ValueError: A name that RobustBench or timm would not take, an evaluation that is incomplete, older than the
+        ValueError: A name that RobustBench or timm would not take, an evaluation that is damaged, older than the
             weights, at another radius or not to be ranked, weights that name no recipe.
     """
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
@@ -152,6 +152,8 @@ def _read(run: RunDirectory, paper: Paper, model_id: str, dataset: str | None, a
     report, recipe = RobustnessReport.load(evaluation), read_recipe(weights)
     if recipe is None:
         raise ValueError(f"{weights} names no recipe; publish models that create_model made")
+    if wrong := contradictions(report):
+        raise ValueError(f"{evaluation} contradicts itself: {'; '.join(wrong)}; evaluate the run again")
     dataset = check_dataset(dataset or _dataset_of(config))
     classes = _CLASSES.get(dataset, report.num_classes)
     if recipe["num_classes"] != classes or report.num_classes != classes:
@@ -182,6 +184,18 @@ def shortcomings(report: RobustnessReport, dataset: str) -> list[str]:
         found.append(f"AutoAttack's version was {report.version}, not standard")
     if report.precision != "fp32":
         found.append(f"adversarial examples were searched in {report.precision}, not fp32")
+    return found
+
+
+def contradictions(report: RobustnessReport) -> list[str]:
+    """Return where a report's accuracies are not those of its verdicts."""
+    found = []
+    pairs = (("clean", report.clean, report.clean_accuracy), ("robust", report.robust, report.robust_accuracy))
+    for name, verdicts, accuracy in pairs:
+        if len(verdicts) != report.n_examples:
+            found.append(f"{len(verdicts)} {name} verdicts for {report.n_examples} images")
+        elif abs(verdicts.double().mean().item() - accuracy) > 1e-9:
+            found.append(f"{name} accuracy {accuracy:.4f}, {verdicts.double().mean().item():.4f} by its verdicts")
     return found
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from at_extensions.checks import check_count, parse_fraction
 from at_extensions.evaluation import RobustnessReport, count_correct, evaluate
 from at_extensions.evaluation.report import wilson_interval
-from at_extensions.publishing.submission import CHECKSUMS, sha256
+from at_extensions.publishing.submission import CHECKSUMS, contradictions, sha256
 from at_extensions.publishing.zoo import Published, open_published, register
 
 CLEAN_TOLERANCE = 0.0005
@@ -135,8 +135,7 @@ def _check_files(folder: Path) -> Check:
 
 def _check_result(published: Published, report: RobustnessReport) -> Check:
     """Compare the leaderboard's JSON with the evaluation it comes from."""
-    info = published.info
-    wrong = []
+    info, wrong = published.info, contradictions(report)
     if published.threat_model != report.norm:
         wrong.append(f"threat model {published.threat_model}, evaluated {report.norm}")
     if info.get("eps") is None or abs(parse_fraction(info["eps"]) - report.eps) > 1e-6:

@@ -178,6 +178,17 @@ def test_an_old_result_is_refused(make_trained, paper, tmp_path):
         publish(run, paper, ID, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"robust_accuracy": 0.6}, "robust accuracy 0.6000, 0.5000 by its verdicts"),
+     ({"clean": [True] * 9}, "9 clean verdicts for 10000 images")],
+)  # fmt: skip
+def test_a_result_that_contradicts_itself_is_refused(make_trained, paper, tmp_path, changes, message):
+    run = make_trained(report=make_trained.evaluation(n=10_000) | changes)
+    with pytest.raises(ValueError, match=message):
+        publish(run, paper, ID, tmp_path / "out")
+
+
 def test_another_eps_than_in_training_is_refused(make_trained, paper, tmp_path):
     run = make_trained(report=make_trained.evaluation(n=10_000, eps=4 / 255))
     with pytest.raises(ValueError, match=r"at eps 4/255, but config.yaml says 0\.03.*--allow-other-eps"):
