@@ -26,7 +26,7 @@ def margins(model, x, y, norm):
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("L2", 0.12), ("L1", 0.2)])
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_verdicts_on_a_linear_model_are_the_closed_form(linear, make_images, label, norm, eps, classes):
-    model, x = linear(classes), make_images(60)
+    model, x = linear(classes), make_images(40)
     y = label(model, x, wrong=5)
     attacks = [name for name in ATTACKS if classes >= 4 or name != "apgd-t"]
     report = evaluate(model, x, y, norm=norm, eps=eps, version="custom", attacks=attacks, batch_size=32)
@@ -34,15 +34,17 @@ def test_verdicts_on_a_linear_model_are_the_closed_form(linear, make_images, lab
     decided = (distance - eps).abs() > 0.02 * eps  # attacks come near the boundary, not onto it
     assert decided.double().mean() > 0.8
     assert torch.equal(report.robust[decided], (distance > eps)[decided])
-    assert 0 < report.robust_accuracy < report.clean_accuracy == 55 / 60
+    assert 0 < report.robust_accuracy < report.clean_accuracy == 35 / 40
 
 
-def test_verdicts_are_pyautoattacks_own(net, make_images, label):
+def test_verdicts_are_pyautoattacks_own(net, make_images, label, small_suite):
     model, x = net(classes=5).eval(), make_images(40, low=0, high=1)
     y = label(model, x, wrong=3)
     report = evaluate(model, x, y, eps=0.03, version="custom", attacks=[*ATTACKS, "square"], seed=7, batch_size=40)
     reference = pyautoattack.AutoAttack(model, norm="Linf", eps=0.03, seed=7, version="standard")
     reference.fab.n_target_classes = reference.apgd_targeted.n_target_classes = 4
+    reference.apgd.n_iter = reference.apgd_targeted.n_iter = reference.fab.n_iter = 10
+    reference.square.n_queries = 100
     with torch.random.fork_rng(devices=[]):
         tracer = sys.gettrace()
         _, predictions = reference.run_standard_evaluation(x, y, batch_size=40)

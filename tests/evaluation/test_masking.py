@@ -24,7 +24,7 @@ class Rippled(nn.Module):
 
 
 @pytest.mark.parametrize("norm", EPS)
-def test_healthy_models_raise_nothing(linear, net, make_images, label, norm):
+def test_healthy_models_raise_nothing(linear, net, make_images, label, small_suite, norm):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for model in (linear(4), net().eval()):
             x = make_images(32)
