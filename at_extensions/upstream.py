@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 _HOME = "at_extensions.evaluation.served"  # upstream's interface over our driver; named here, imported at first use
@@ -29,7 +30,11 @@ def serve_autoattack() -> None:
 def backend() -> str:
     """Return the package whose attacks are run: a real ``autoattack`` where one is installed, else ``pyautoattack``."""
     spec = importlib.util.find_spec("autoattack")
-    return _REST if spec is None or isinstance(spec.loader, _Copy) else "autoattack"
+    if spec is None or isinstance(spec.loader, _Copy):
+        return _REST
+    # somebody's own autoattack.py, or a folder of results of that name, is no upstream
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return "autoattack" if any((folder / "autopgd_base.py").is_file() for folder in folders) else _REST
 
 
 def backend_version() -> str:

@@ -38,6 +38,7 @@ def test_a_real_autoattack_wins(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("AutoAttack = 'the real one'\n")
     (package / "square.py").write_text("SquareAttack = 'the real Square'\n")
+    (package / "autopgd_base.py").touch()
     code = (
         "import at_extensions\nfrom at_extensions import upstream\nimport autoattack\n"
         "print(autoattack.AutoAttack, upstream.backend(), upstream.attack_module('square').SquareAttack)\n"
@@ -46,6 +47,16 @@ def test_a_real_autoattack_wins(tmp_path):
     outcome = run(code, PYTHONPATH=str(tmp_path))
     assert "No module named 'autoattack.state'" in outcome  # what a real one lacks is not slipped in
     assert run(code.rsplit("import", 1)[0], PYTHONPATH=str(tmp_path)) == "the real one autoattack the real Square"
+
+
+@pytest.mark.parametrize("kind", ["script", "folder"])
+def test_what_only_has_the_name_is_no_backend(tmp_path, kind):
+    if kind == "script":
+        (tmp_path / "autoattack.py").write_text("print('my experiments')\n")
+    else:
+        (tmp_path / "autoattack").mkdir()
+    code = "from at_extensions import upstream\nprint(upstream.attack_module('square').SquareAttack.__module__)"
+    assert run(code, PYTHONPATH=str(tmp_path)) == "pyautoattack.square"
 
 
 def test_the_finder_is_appended_once():

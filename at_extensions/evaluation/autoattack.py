@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from at_extensions.evaluation.suite import (
     make_attackers,
     settings,
 )
+from at_extensions.runs import versions
 from at_extensions.upstream import backend_version
 
 
@@ -131,7 +130,7 @@ def evaluate(
         after_attack=verdicts.after_attack,
         flags=[flag for flag in flags if flag is not None],
         settings={name: settings(attack) for name, attack in suite.items()},
-        versions=_versions(),
+        versions=versions() | {"autoattack": backend_version()},
         device=_device_name(device),
         precision=precision,
         batch_size=batch_size,
@@ -243,15 +242,6 @@ def _examples(samples: Samples, clean: Clean, verdicts: Verdicts) -> Examples | 
         clean_predictions=clean.predictions[rows],
         adversarial_predictions=verdicts.predictions[rows],
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "at-extensions": installed_version("at-extensions"),
-        "autoattack": backend_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _device_name(device: torch.device) -> str:
