@@ -1,0 +1,349 @@
+"""Seconds and memory of one PGD-10 training step: its floor, ours with and without the folded twin, torchattacks, ART.
+
+python benchmarks/training_step.py                                    # every network and precision; minutes on a CPU
+python benchmarks/training_step.py --networks small_cnn --rounds 9
+python benchmarks/training_step.py --device cuda --precisions bf16
+
+The floor is what a step cannot do without: 10 input-gradient passes in eval mode, a forward and backward pass in train
+mode, and the optimiser's step, on the same network, batch and precision. It comes in the two memory formats; ours,
+as the trainer runs it, is in channels_last. torchattacks and ART run as their documentation shows them, in fp32;
+``torchattacks_autocast`` has the whole plain loop under bf16 autocast. Columns take turns within a round, and ratios
+are medians over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from at_extensions import create_model
+from at_extensions.data import ImageSplit, make_loader
+from at_extensions.methods import PGDAT
+
+RESULTS = Path(__file__).parent / "results"
+NETWORKS = ("cifar_resnet18", "cifar_resnet18:16", "preact_resnet18", "wide_resnet_16_2", "small_cnn")
+COLUMNS = ("floor", "floor_contiguous", "ours", "ours_twin", "torchattacks", "torchattacks_autocast", "art")
+RATIOS = {  # name -> (above the line, below it)
+    "ours / floor": ("ours", "floor"),
+    "twin / floor": ("ours_twin", "floor"),
+    "ours / floor_contiguous": ("ours", "floor_contiguous"),
+    "twin / floor_contiguous": ("ours_twin", "floor_contiguous"),
+    "ours / twin": ("ours", "ours_twin"),
+    "torchattacks / ours": ("torchattacks", "ours"),
+    "torchattacks / twin": ("torchattacks", "ours_twin"),
+    "torchattacks_autocast / twin": ("torchattacks_autocast", "ours_twin"),
+    "art / ours": ("art", "ours"),
+    "art / twin": ("art", "ours_twin"),
+}
+EPS, ALPHA = 8 / 255, 2 / 255
+Step = Callable[[], object]
+
+
+class Setting:
+    """What all columns of one comparison share: network, batch, precision, device, steps of the attack and seed."""
+
+    def __init__(self, network: str, precision: str, args: argparse.Namespace):
+        self.network, self.precision, self.steps, self.seed = network, precision, args.steps, args.seed
+        self.device = torch.device(args.device)
+        self.size = args.image_size
+        generator = torch.Generator().manual_seed(args.seed)
+        self.x = torch.rand(args.batch_size, 3, self.size, self.size, generator=generator).to(self.device)
+        self.y = torch.randint(10, (args.batch_size,), generator=generator).to(self.device)
+
+    def model(self, *, channels_last: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return the network, the same weights each time, with its optimiser."""
+        torch.manual_seed(self.seed)
+        name, _, width = self.network.partition(":")
+        model = create_model(name, 10, **({"width": int(width)} if width else {})).to(self.device).train()
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def images(self, *, channels_last: bool) -> torch.Tensor:
+        """Return the batch in that memory format."""
+        return self.x.contiguous(memory_format=torch.channels_last) if channels_last else self.x
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context of the setting's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def floor(setting: Setting, *, channels_last: bool = True) -> Step:
+    model, optimizer = setting.model(channels_last=channels_last)
+    x, y = setting.images(channels_last=channels_last), setting.y
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        model.eval()
+        for p in parameters:
+            p.requires_grad_(False)
+        with setting.autocast():
+            for _ in range(setting.steps):
+                attacked = x.clone().requires_grad_()
+                torch.autograd.grad(F.cross_entropy(model(attacked), y), attacked)
+        for p in parameters:
+            p.requires_grad_(True)
+        model.train()
+        with setting.autocast():
+            loss = F.cross_entropy(model(x), y)
+        update(loss, optimizer)
+
+    return step
+
+
+def ours(setting: Setting, *, twin: bool = False) -> Step:
+    model, optimizer = setting.model(channels_last=True)
+    method = PGDAT(model, eps=EPS, alpha=ALPHA, steps=setting.steps, twin=twin)
+    x, y = setting.images(channels_last=True), setting.y
+
+    def step() -> None:
+        with setting.autocast():
+            loss = method(x, y).loss
+        update(loss, optimizer)
+
+    return step
+
+
+def torchattacks_loop(setting: Setting, *, autocast: bool = False) -> Step:
+    import torchattacks
+
+    model, optimizer = setting.model()
+    attack = torchattacks.PGD(model, eps=EPS, alpha=ALPHA, steps=setting.steps)
+    x, y = setting.x, setting.y
+
+    def step() -> None:
+        model.train()
+        with setting.autocast() if autocast else contextlib.nullcontext():
+            loss = F.cross_entropy(model(attack(x, y)), y)
+        update(loss, optimizer)
+
+    return step
+
+
+def art_trainer(setting: Setting) -> Step:
+    from art.defences.trainer import AdversarialTrainerMadryPGD
+    from art.estimators.classification import PyTorchClassifier
+
+    model, optimizer = setting.model()
+    classifier = PyTorchClassifier(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(setting.x.shape[1:]),
+        nb_classes=10,
+        optimizer=optimizer,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if setting.device.type == "cuda" else "cpu",
+    )
+    batch = len(setting.x)
+    trainer = AdversarialTrainerMadryPGD(
+        classifier, nb_epochs=1, batch_size=batch, eps=EPS, eps_step=ALPHA, max_iter=setting.steps
+    )
+    trainer.attack.set_params(verbose=False)
+    x, y = setting.x.cpu().numpy(), setting.y.cpu().numpy()
+
+    def step() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            trainer.fit(x, y, nb_epochs=1, batch_size=batch)  # an epoch of one batch is one step
+
+    return step
+
+
+def update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+MAKERS: dict[str, Callable[[Setting], Step]] = {
+    "floor": floor,
+    "floor_contiguous": lambda s: floor(s, channels_last=False),
+    "ours": ours,
+    "ours_twin": lambda s: ours(s, twin=True),
+    "torchattacks": torchattacks_loop,
+    "torchattacks_autocast": lambda s: torchattacks_loop(s, autocast=True),
+    "art": art_trainer,
+}
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Time a step until the device has finished it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(setting: Setting, columns: list[str], rounds: int) -> dict[str, list[float]]:
+    """Time every column once a round, each round starting with another one, after one step each to warm up."""
+    steps = {column: MAKERS[column](setting) for column in columns}
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {column: [] for column in columns}
+    for r in range(rounds):
+        for column in columns[r % len(columns) :] + columns[: r % len(columns)]:
+            times[column].append(seconds(steps[column], setting.device))
+    return times
+
+
+def peak_memory(setting: Setting, column: str, argv: list[str]) -> int:
+    """Return by how many MB two steps of a column raise the memory at most, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, *argv, "--memory-of", setting.network, setting.precision]
+    done = subprocess.run([*command, column], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def memory_of(setting: Setting, column: str) -> int:
+    """Return by how many MB two steps raise the memory at most: resident on a CPU (Linux), allocated on a GPU."""
+    step = MAKERS[column](setting)
+    before, _ = _memory(setting.device)
+    for _ in range(2):
+        step()
+    _, peak = _memory(setting.device)
+    return round((peak - before) / 2**20)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes in use and the most there have been."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    now, peak = (int(status[key].split()[0]) * 2**10 for key in ("VmRSS", "VmHWM"))  # in kB
+    return now, peak
+
+
+def batch_loading(args: argparse.Namespace, images: int = 50_000) -> float:
+    """Return the seconds that the device-resident loader takes for a batch: crops and flips, averaged over an epoch."""
+    generator = torch.Generator().manual_seed(args.seed)
+    data = torch.randint(256, (images, 3, args.image_size, args.image_size), dtype=torch.uint8, generator=generator)
+    split = ImageSplit(data, torch.randint(10, (images,), generator=generator), 10)
+    loader = make_loader(split, args.batch_size, augment="crop_flip", generator=generator, device=args.device)
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    epoch()
+    return seconds(epoch, torch.device(args.device)) / len(loader)
+
+
+def summary(times: dict[str, list[float]], memory: dict[str, float], loading: float) -> dict:
+    ratios = {
+        name: round(statistics.median(a / b for a, b in zip(times[above], times[below])), 3)
+        for name, (above, below) in RATIOS.items()
+        if above in times and below in times
+    }
+    return {
+        "median_seconds": {column: round(statistics.median(t), 4) for column, t in times.items()},
+        "seconds": {column: [round(s, 4) for s in t] for column, t in times.items()},
+        "peak_memory_mb": memory,
+        "ratios": ratios,
+        "share_of_loading": round(loading / (loading + statistics.median(times["ours_twin"])), 5),
+    }
+
+
+def machine(device: torch.device) -> dict:
+    """Describe what the numbers were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    packages = ("torch", "torchattacks", "adversarial-robustness-toolbox", "robustbench", "timm", "numpy")
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.processor())
+
+
+def columns_of(setting: Setting, args: argparse.Namespace) -> list[str]:
+    """Return the columns that mean something here: autocast in bf16 alone, ART on the networks asked for."""
+    left_out = set()
+    if setting.precision == "fp32":
+        left_out.add("torchattacks_autocast")
+    if setting.network not in args.art:
+        left_out.add("art")
+    return [column for column in args.columns if column not in left_out]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="names of create_model; NAME:WIDTH narrows one")
+    parser.add_argument("--precisions", nargs="+", default=("fp32", "bf16"), choices=("fp32", "bf16"))
+    parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
+    parser.add_argument("--art", nargs="*", default=("small_cnn", "cifar_resnet18:16"), help="networks that ART trains")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; all by default")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="steps of PGD")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-memory", action="store_true", help="skip memory (on a CPU it needs Linux)")
+    parser.add_argument("--output", type=Path, help="results/training_step_DEVICE.json by default")
+    parser.add_argument("--memory-of", nargs=3, metavar=("NETWORK", "PRECISION", "COLUMN"), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    sys.path = [p for p in sys.path if Path(p).resolve() != here]  # its autoattack.py is not the package of that name
+    argv = sys.argv[1:]
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        network, precision, column = args.memory_of
+        print(memory_of(Setting(network, precision, args), column))
+        return
+
+    device = torch.device(args.device)
+    result = {
+        "what": f"one PGD-{args.steps} training step, {args.batch_size} images of {args.image_size} x "
+        f"{args.image_size}, {args.rounds} interleaved rounds",
+        "machine": machine(device),
+        "seed": args.seed,
+        "loading_seconds_per_batch": round(batch_loading(args), 5),
+        "networks": {},
+    }
+    for network in args.networks:
+        for precision in args.precisions:
+            setting = Setting(network, precision, args)
+            columns = columns_of(setting, args)
+            times = compare(setting, columns, args.rounds)
+            memory = {} if args.no_memory else {c: peak_memory(setting, c, argv) for c in columns}
+            found = summary(times, memory, result["loading_seconds_per_batch"])
+            result["networks"].setdefault(network, {})[precision] = found
+            print(f"{network} {precision}: {json.dumps(found['ratios'])}", flush=True)
+    result["machine"]["load_after"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    output = args.output or RESULTS / f"training_step_{device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
