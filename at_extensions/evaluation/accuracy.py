@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,26 +65,57 @@ def count_correct(
     return _count(model, data, labels, attack, batch_size, seed)[:2]
 
 
+def count_correct_by_class(
+    model: nn.Module, data: Any, num_classes: int, *, attack: Attack | None = None, batch_size: int = 250, seed: int = 0
+) -> Tensor:
+    """Return ``count_correct`` of each class, as a tensor (num_classes, 2) on the model's device."""
+    counts = torch.zeros(num_classes, 2, dtype=torch.long, device=device_of(check_model(model)))
+    _judge(model, data, None, attack, batch_size, seed, lambda logits, y: add_by_class(counts, logits, y))
+    return counts
+
+
+def add_by_class(counts: Tensor, logits: Tensor, y: Tensor) -> None:
+    """Add to each class's row of ``counts`` (K, 2) how many samples are classified rightly, and how many there are."""
+    rows = torch.stack([logits.argmax(1) == y, torch.ones_like(y, dtype=torch.bool)], 1)
+    counts.index_add_(0, y, rows.to(counts.dtype))
+
+
 def _count(
     model: nn.Module, data: Any, labels: Tensor | None, attack: Attack | None, batch_size: int, seed: int
 ) -> Tensor:
     """Samples classified rightly, samples, and labels that the model has no logit for (3,)."""
-    device = device_of(check_model(model))
+    counts = torch.zeros(3, dtype=torch.long, device=device_of(check_model(model)))
+
+    def judge(logits: Tensor, y: Tensor) -> None:
+        counts[0] += (logits.argmax(1) == y).sum()
+        counts[1] += len(y)
+        counts[2] += ((y < 0) | (y >= logits.shape[1])).sum()
+
+    _judge(model, data, labels, attack, batch_size, seed, judge)
+    return counts
+
+
+def _judge(
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None,
+    attack: Attack | None,
+    batch_size: int,
+    seed: int,
+    judge: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Call ``judge`` with the logits and labels of each batch, as it is or attacked."""
+    device = device_of(model)
     check_count("batch_size", batch_size)
     if attack is not None:
         check_attack(attack, model)
     stream = RandomStream(seed)
-    counts = torch.zeros(3, dtype=torch.long, device=device)
     with random_state_kept(), attacking(model), torch.no_grad():
         for x, y in _batches(data, labels, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if attack is not None:
                 x = perturb(attack, x, y, stream=stream)
-            logits = check_logits(model(x), len(x))
-            counts[0] += (logits.argmax(1) == y).sum()
-            counts[1] += len(y)
-            counts[2] += ((y < 0) | (y >= logits.shape[1])).sum()
-    return counts
+            judge(check_logits(model(x), len(x)), y)
 
 
 def _batches(data: Any, labels: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -62,7 +62,8 @@ def evaluate(
     The model is evaluated in eval mode where it is; its modes, parameters, gradients and buffers, the global random
     generators and the tracer are left as they were. AutoAttack's attacks search batch by batch; an adversarial example
     counts when the model as given, in float32, is fooled by it and it lies in the eps-ball and in [0, 1]. Batch b draws
-    its random numbers from ``seed + b``, so the same call on the same machine gives the same verdicts.
+    its random numbers from ``seed + b``, so the same call on the same machine gives the same verdicts. On a GPU float32
+    is what torch's settings make of it (``torch.backends``), and those are left alone too.
 
     Args:
         model: Classifier of images in [0, 1] that returns logits (B, K), in float32.
@@ -177,6 +178,7 @@ class _Plan:
         identity = {
             "weights": weights_digest(self.model),
             "data": self.samples.digest(),
+            "suite": list(suite),
             "attacks": {name: settings(attack) for name, attack in suite.items()},
             "backend": backend_version(),
             **{name: getattr(self, name) for name in ("norm", "eps", "seed", "batch_size", "precision")},

@@ -53,7 +53,6 @@ class Verdicts:
         after_attack: Attack -> share of all samples that stand after it, in order.
         seconds: Attack -> time it took, summed over its batches.
         zero_gradients: Samples at which some attack met a gradient of zero, as the worst attack had it.
-        searched_again: Attack -> samples that the fast model could not settle.
         contradicted: Samples that the model, asked again, did not classify rightly any more, at worst.
         adversarial: (row, adversarial image) of the first samples that fell, or of all.
     """
@@ -63,7 +62,6 @@ class Verdicts:
     after_attack: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     zero_gradients: int = 0
-    searched_again: dict[str, int] = field(default_factory=dict)
     contradicted: int = 0
     adversarial: list[tuple[int, Tensor]] = field(default_factory=list)
 
@@ -169,7 +167,6 @@ class Driver:
                 verdicts.adversarial += zip(fallen.tolist(), batch.adversarial)
             verdicts.after_attack[attack] = verdicts.robust.double().mean().item()
             verdicts.seconds[attack] = sum(batch.seconds for batch in batches)
-            verdicts.searched_again[attack] = sum(batch.searched_again for batch in batches)
             for count in ("zero_gradients", "contradicted"):
                 worst = max(getattr(verdicts, count), sum(getattr(batch, count) for batch in batches))
                 setattr(verdicts, count, worst)
@@ -211,10 +208,9 @@ class Driver:
         torch.manual_seed(self.seed_of(number))  # for models that draw random numbers themselves
         x_adv = self._perturb(attack, self.search, number, x, y, warnings)
         broken, predictions = fooled(self.model, x, y, x_adv, self.norm, self.eps)
-        again = torch.zeros_like(broken)
         if self.search is not self.model:
-            tried = (x_adv != x).flatten(1).any(1) | (self.search(x).argmax(1) != y)
-            again = tried & ~broken
+            # what fools the fast model alone, and what it finds wrong as it is, was not searched to the end
+            again = ((x_adv != x).flatten(1).any(1) | (self.search(x).argmax(1) != y)) & ~broken
             if again.any():
                 x_adv[again] = self._perturb(attack, self.model, number, x[again], y[again], warnings)
                 broken[again], predictions[again] = fooled(
@@ -228,7 +224,6 @@ class Driver:
             adversarial=x_adv[broken].cpu(),
             seconds=time.perf_counter() - start,
             zero_gradients=warnings.zero_gradients,
-            searched_again=int(again.sum()),
             contradicted=int((self.model(x).argmax(1) != y).sum()),
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from at_extensions.data import frequency_groups
 from at_extensions.evaluation.flags import Flag
 from at_extensions.runs import write_json
 
@@ -218,15 +219,9 @@ def accuracy_by_class(
 def accuracy_by_frequency(
     labels: Tensor, clean: Tensor, robust: Tensor, class_counts: Sequence[int]
 ) -> dict[str, dict[str, float | None]]:
-    """Return ``groups`` of a report: thirds of the classes by rank of their count in training, the largest first.
-
-    As in REAT's released code, tail classes are those from place 2 floor(K/3) + 1 on (counting from 0), and head
-    classes the first floor(K/3) + 1; with fewer than four classes there is no tail.
-    """
-    ranked = torch.tensor(class_counts).argsort(descending=True, stable=True)
-    third = len(class_counts) // 3
-    parts = {"head": ranked[: third + 1], "medium": ranked[third + 1 : 2 * third + 1], "tail": ranked[2 * third + 1 :]}
-    return {name: _accuracies(clean, robust, torch.isin(labels, classes)) for name, classes in parts.items()}
+    """Return ``groups`` of a report: accuracy on ``data.frequency_groups`` of the training counts."""
+    groups = {name: torch.tensor(c, dtype=torch.long) for name, c in frequency_groups(class_counts).items()}
+    return {name: _accuracies(clean, robust, torch.isin(labels, classes)) for name, classes in groups.items()}
 
 
 def _accuracies(clean: Tensor, robust: Tensor, members: Tensor) -> dict[str, float | None]:

@@ -28,7 +28,6 @@ class Batch:
         adversarial: Adversarial examples of the first of the broken ones (M, C, H, W); all of them or as many as asked.
         seconds: Time it took.
         zero_gradients: Samples at which the attack met a gradient of zero.
-        searched_again: Samples that the fast model could not settle and the model as given was searched for.
         contradicted: Samples that the model, asked again, no longer classifies rightly.
     """
 
@@ -39,7 +38,6 @@ class Batch:
     adversarial: Tensor
     seconds: float
     zero_gradients: int = 0
-    searched_again: int = 0
     contradicted: int = 0
 
     def keep(self, count: int | None) -> Batch:
@@ -48,7 +46,7 @@ class Batch:
 
 
 _TENSORS = ("rows", "broken", "predictions", "adversarial")
-_NUMBERS = ("number", "seconds", "zero_gradients", "searched_again", "contradicted")
+_NUMBERS = ("number", "seconds", "zero_gradients", "contradicted")
 
 
 class Store:

@@ -72,6 +72,7 @@ def test_a_damaged_batch_is_attacked_once_more(net, make_images, label, small_su
         ({"precision": "bf16"}, "precision"),
         ({"norm": "L2"}, "norm"),
         ({"version": "plus"}, "attacks"),
+        ({"version": "custom", "attacks": ["apgd-t", "apgd-ce", "fab-t", "square"]}, "suite"),
         ({"data": 1}, "data"),
         ({"labels": 1}, "data"),
         ({"model": 1}, "weights"),
@@ -113,7 +114,7 @@ def test_a_batch_about_other_samples_is_refused(tmp_path):
     store = Store(tmp_path)
     store.save("square", Batch(2, rows, rows > 1, rows, torch.zeros(1, 3, 2, 2), 0.5, 4, 5))
     batch = store.load("square", 2, rows)
-    assert (batch.number, batch.seconds, batch.zero_gradients, batch.searched_again) == (2, 0.5, 4, 5)
+    assert (batch.number, batch.seconds, batch.zero_gradients, batch.contradicted) == (2, 0.5, 4, 5)
     assert torch.equal(batch.broken, rows > 1)
     assert store.load("square", 3, rows) is None
     with pytest.raises(ValueError, match="about other samples"):

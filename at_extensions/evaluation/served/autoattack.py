@@ -210,6 +210,7 @@ class AutoAttack:
         return {
             "weights": model,
             "data": samples.digest(),
+            "suite": list(suite),
             "attacks": {name: settings(attack) for name, attack in suite.items()},
             "norm": self.norm,
             "eps": self.epsilon,
