@@ -93,7 +93,8 @@ def test_tied_weights_and_shared_modules_come_back(untouched):
     layer = nn.Linear(4, 4)
     tied = nn.Linear(4, 4)
     tied.weight = layer.weight
-    net = nn.Sequential(layer, nn.ReLU(), layer, tied)
+    net = nn.Sequential(layer, nn.ReLU(), nn.Sequential(layer, tied))
+    layer.eval()  # while both of its parents are in train mode
     with untouched(net), attacking(net):
         assert not tied.weight.requires_grad
 

@@ -35,6 +35,20 @@ def test_radius_and_box_hold(small_net, batch, eps, alpha, steps, start, kind, d
 
 
 @pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("eps", [1e-4, 0.2])
+def test_the_model_is_asked_only_within_radius_and_box(small_net, batch, start, eps):
+    net, (images, labels) = small_net(22, train=False), batch(23)
+    asked = []
+    net.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].detach()))
+    PGD(net, eps, eps, 3, start)(images, labels)
+    assert len(asked) == 3
+    for x in asked:
+        assert (x - images).abs().max() <= eps + 1e-15
+        assert x.min() >= 0
+        assert x.max() <= 1
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_on_a_linear_model_it_reaches_the_closed_form_optimum(linear_net, batch, start):
     net, (images, labels) = linear_net(1, num_classes=2), batch(2, 8, num_classes=2)
     eps = 0.3
@@ -147,11 +161,12 @@ def test_starts_have_their_distribution(linear_net):
 @pytest.mark.parametrize("start", STARTS)
 def test_it_changes_neither_its_input_nor_the_model(small_net, batch, untouched, start):
     net, (images, labels) = small_net(18, train=False), batch(19)
-    before = images.clone(), labels.clone()
+    before, version = (images.clone(), labels.clone()), images._version
     with untouched(net, but=("torch's random state",)):
         adversarial = PGD(net, 0.1, 0.03, 3, start)(images, labels)
     assert torch.equal(images, before[0])
     assert torch.equal(labels, before[1])
+    assert images._version == version  # nor was it written to with what it held
     assert adversarial.data_ptr() != images.data_ptr()
 
 

@@ -8,7 +8,7 @@ import torch
 import torchattacks
 from torch.nn import functional as F
 
-from at_extensions.attacks import PGD
+from at_extensions.attacks import PGD, RandomStream, perturb
 from at_extensions.methods import FGSMAT, PGDAT, Method, Standard, Step, create_method, list_methods
 
 METHODS = {
@@ -37,6 +37,18 @@ def test_the_attack_leaves_everything_as_it_was(small_net, batch, untouched, nam
     assert (
         0.05 < (adversarial - images).abs().max() <= (0.3 if name == "n_fgsm" else 0.5 if "l2" in name else 0.1) + 1e-9
     )
+
+
+@each_method
+def test_the_attack_sees_batchnorm_as_it_was_asked_to(small_net, batch, name):
+    images, labels = batch(26)
+    found = {}
+    for batchnorm in ("eval", "train"):
+        method = METHODS[name](small_net(27), batchnorm=batchnorm)
+        expected = perturb(method.attack, images, labels, stream=RandomStream(0), batchnorm=batchnorm)
+        found[batchnorm] = method.perturb(images, labels)
+        torch.testing.assert_close(found[batchnorm], expected, rtol=0, atol=1e-12)
+    assert (found["eval"] - found["train"]).abs().max() > 0.01
 
 
 @each_method
