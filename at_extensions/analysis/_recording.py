@@ -92,8 +92,8 @@ class Recording:
         return touched
 
     def bytes_of(self, slots: set[int]) -> int:
-        """Return the memory that the values of ``slots`` take; views of one tensor count once."""
-        return sum(self._bytes[owner] for owner in {self._owners[slot] for slot in slots})
+        """Return the memory that the values of ``slots`` take; views of one tensor count once, of weights not."""
+        return sum(self._bytes[owner] for owner in {self._owners[slot] for slot in slots} if owner in self.made)
 
     def compile(self, operations: Sequence[Operation]) -> Pass:
         """Return a pass over ``operations`` that frees early and overwrites what it made itself and reads no more."""

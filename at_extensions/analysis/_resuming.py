@@ -52,20 +52,22 @@ class Schedule:
     def _lay_out(self) -> int:
         """Deal the unchanged pass out to the resumed layers; return the largest number of bytes held at one."""
         made = self._recording.made
-        wanted = set().union(*(self._needs[i] for i in self.resumed))
-        for op in reversed(self._recording.operations):
-            if op.slot in wanted:
-                wanted |= op.inputs
-        rest = [op for op in self._recording.operations if op.slot in wanted]
+        maker = {op.slot: op for op in self._recording.operations}
+        done: set[int] = set()
         self._advances: list[list[Operation]] = []
-        self._readers = dict.fromkeys(made & wanted, 0)
+        self._readers: dict[int, int] = {}
         for i in self.resumed:
-            reach = max(self._needs[i], default=-1)
-            self._advances.append([op for op in rest if op.slot <= reach])
-            rest = [op for op in rest if op.slot > reach]
+            asked, new = list(self._needs[i]), set()
+            while asked:
+                slot = asked.pop()
+                if slot not in done and slot not in new:
+                    new.add(slot)
+                    asked += maker[slot].inputs & made
+            done |= new
+            self._advances.append([maker[slot] for slot in sorted(new)])
             for slots in (self._needs[i], *(op.inputs & made for op in self._advances[-1])):
                 for slot in slots:
-                    self._readers[slot] += 1
+                    self._readers[slot] = self._readers.get(slot, 0) + 1
         held, most = {}, 0
         for _ in self._visit(held, lambda op: None):
             most = max(most, self._recording.bytes_of(set(held)))
