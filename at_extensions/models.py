@@ -319,6 +319,11 @@ def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(x)
     finally:
         hook.remove()
+    if not caught and model._compiled_call_impl is not None:
+        raise ValueError(
+            f"{type(model).__name__} was compiled by another forward pass in train mode, so features are out of reach; "
+            "call torch.compiler.reset(), and leave forward passes in train mode to the method"
+        )
     if len(caught) != 1 or caught[0][1].shape[0] != len(x) or caught[0][1].numel() != logits.numel():
         raise ValueError(f"{type(model).__name__}: the last linear layer does not make the logits")
     return logits, caught[0][0].flatten(1)

@@ -1,7 +1,18 @@
 """Attacks that torchattacks lacks, and the context in which any of its attacks runs."""
 
+from at_extensions.attacks.class_eps import ClassEpsPGD, robust_lt_scales
 from at_extensions.attacks.context import RandomStream, attacking, check_attack, perturb
 from at_extensions.attacks.nfgsm import NFGSM
 from at_extensions.attacks.pgd import PGD, Loss
 
-__all__ = ["NFGSM", "PGD", "Loss", "RandomStream", "attacking", "check_attack", "perturb"]
+__all__ = [
+    "NFGSM",
+    "PGD",
+    "ClassEpsPGD",
+    "Loss",
+    "RandomStream",
+    "attacking",
+    "check_attack",
+    "perturb",
+    "robust_lt_scales",
+]

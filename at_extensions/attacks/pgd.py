@@ -59,12 +59,17 @@ class PGD(torchattacks.PGD):
         images, labels = beside_model(self, images, labels)
         if loss is None:
             loss = cross_entropy(self, images, labels)
-        low, high = (images - self.eps).clamp_(min=0), (images + self.eps).clamp_(max=1)
-        adversarial = start(images, self.start, self.eps).clamp_(low, high)
+        radius = self.radius(images, labels)
+        low, high = (images - radius).clamp_(min=0), (images + radius).clamp_(max=1)
+        adversarial = start(images, self.start, radius).clamp_(low, high)
         for _ in range(self.steps):
             gradient = input_gradient(self, adversarial, loss)
             adversarial = torch.add(adversarial, gradient.sign_(), alpha=self.alpha).clamp_(low, high)
         return adversarial
+
+    def radius(self, images: Tensor, labels: Tensor) -> float | Tensor:
+        """Return the radius of the ball: one number, or one an image (B, 1, 1, 1) in attacks that derive from this."""
+        return self.eps
 
 
 def beside_model(attack: torchattacks.attack.Attack, *tensors: Tensor) -> list[Tensor]:
@@ -81,8 +86,10 @@ def cross_entropy(attack: torchattacks.attack.Attack, images: Tensor, labels: Te
     return lambda logits: F.cross_entropy(logits, labels)
 
 
-def start(images: Tensor, kind: str, radius: float) -> Tensor:
+def start(images: Tensor, kind: str, radius: float | Tensor) -> Tensor:
     """Return a new tensor: the images moved to a random start, neither projected nor clipped yet."""
+    if kind == "uniform" and isinstance(radius, Tensor):
+        return torch.empty_like(images).uniform_(-1, 1).mul_(radius).add_(images)
     if kind == "uniform":
         return torch.empty_like(images).uniform_(-radius, radius).add_(images)
     if kind == "gaussian":

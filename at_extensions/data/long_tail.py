@@ -54,6 +54,17 @@ def largest_head(available: Sequence[int], imbalance_ratio: float, kind: str = "
     return min(math.ceil((n + 1) / (share * _ROUNDING)) - 1 for n, share in zip(available, shares))
 
 
+def frequency_groups(class_counts: Sequence[int]) -> dict[str, list[int]]:
+    """Return the classes that are ``head``, ``medium`` and ``tail``: thirds by rank of their count, largest first.
+
+    As in REAT's released code, with K classes the head holds the first floor(K/3) + 1 places and the tail those from
+    place 2 floor(K/3) + 1 on, counting from 0. Three classes have no tail by this rule; two have the rarer one.
+    """
+    ranked = sorted(range(len(class_counts)), key=lambda c: -int(class_counts[c]))
+    third = len(ranked) // 3
+    return {"head": ranked[: third + 1], "medium": ranked[third + 1 : 2 * third + 1], "tail": ranked[2 * third + 1 :]}
+
+
 def kept_samples(labels: Tensor, counts: Sequence[int], generator: torch.Generator) -> Tensor:
     """Return the sorted indices of the first ``counts[c]`` of a shuffle of each class c of ``labels`` (N,)."""
     ranks = ranks_in_class(labels, len(counts), generator)

@@ -1,8 +1,20 @@
 """Adversarial training methods: each turns a batch into a loss; the loop stays the user's."""
 
+from at_extensions.methods.balanced_softmax import BalancedSoftmaxAT
 from at_extensions.methods.fgsm import FGSMAT
 from at_extensions.methods.method import Method, Step, create_method, list_methods
 from at_extensions.methods.pgd import PGDAT
+from at_extensions.methods.reat import REAT
 from at_extensions.methods.standard import Standard
 
-__all__ = ["FGSMAT", "PGDAT", "Method", "Standard", "Step", "create_method", "list_methods"]
+__all__ = [
+    "FGSMAT",
+    "PGDAT",
+    "REAT",
+    "BalancedSoftmaxAT",
+    "Method",
+    "Standard",
+    "Step",
+    "create_method",
+    "list_methods",
+]

@@ -69,6 +69,7 @@ class Method(nn.Module):
         folds = twin and batchnorm == "eval" and attack is not None and not attack._attacks
         self._twin: list[FoldedTwin | None] | None = [] if folds else None  # a list: the twin is no submodule
         self._compiled: dict | None = None
+        self._local_buffers: list[str] = []
 
     def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
         """Attack a batch and return its training loss.
@@ -127,6 +128,20 @@ class Method(nn.Module):
             if twin is not None:
                 twin.compile(**options)
 
+    def register_local_buffer(self, name: str, tensor: Tensor) -> None:
+        """Register a buffer that each process fills by itself until ``epoch_end`` merges it.
+
+        ``DistributedDataParallel`` would otherwise overwrite it at every step by that of the first process.
+        """
+        self.register_buffer(name, tensor)
+        self._local_buffers.append(name)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What ``DistributedDataParallel`` leaves alone: the local buffers of this method and of those inside it."""
+        methods = [(prefix, m) for prefix, m in self.named_modules() if isinstance(m, Method)]
+        return [f"{prefix}.{name}".lstrip(".") for prefix, m in methods for name in m._local_buffers]
+
     def epoch_end(self) -> None:
         """Turn what was remembered during an epoch into what the next one needs; nothing by default."""
 
@@ -137,6 +152,21 @@ class Method(nn.Module):
     def set_extra_state(self, state: dict) -> None:
         """Go on with a stream of random starts from a state dict."""
         self.stream.load_state_dict(state)
+
+
+def check_takes_loss(attack: Attack, method: str) -> Attack:
+    """Return ``attack`` if its ``forward`` takes a loss, as ``attacks.PGD`` and ``attacks.NFGSM`` do.
+
+    Raises:
+        TypeError: Not a torchattacks attack.
+        ValueError: It maximises a loss of its own, so that the method's would be ignored.
+    """
+    if "loss" not in inspect.signature(check_attack(attack).forward).parameters:
+        raise ValueError(
+            f"{method} attacks with a loss of its own, which {attack.attack} does not take; use attacks.PGD or "
+            "attacks.NFGSM"
+        )
+    return attack
 
 
 _METHODS: dict[str, tuple[Callable[..., Method], str]] = {}
