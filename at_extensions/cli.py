@@ -24,7 +24,8 @@ def _commands() -> dict[str, Callable]:
     @wraps(training.train)
     def train(*args, **kwargs):
         run = training.train(*args, **kwargs)
-        print("  ".join(f"{key} {value:.4g}" for key, value in run.metrics()[-1].items()))
+        numbers = ((k, v) for k, v in run.metrics()[-1].items() if isinstance(v, (int, float)))
+        print("  ".join(f"{key} {value:.4g}" for key, value in numbers))
         print(f"run: {run.path}\nnext: at-extensions evaluate {run.path}")
 
     @wraps(evaluation.evaluate_run)

@@ -10,6 +10,7 @@ from torch import nn
 
 from at_extensions.runs import RunDirectory, atomic, save_weights
 from at_extensions.training import distributed
+from at_extensions.training.metrics import numbers
 
 
 class Checkpointer:
@@ -83,7 +84,8 @@ class Checkpointer:
             else:
                 self._board = SummaryWriter(str(self.run.path / "tensorboard"))
         if self._board:
-            for key, value in row.items():
+            groups = {f"{k}_{g}": v for k, values in row.get("groups", {}).items() for g, v in values.items()}
+            for key, value in numbers(row | groups).items():
                 self._board.add_scalar(key, value, row["epoch"])
             self._board.flush()
 

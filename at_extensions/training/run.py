@@ -154,6 +154,7 @@ def train(
         config=_config(settings, net, splits, eps),
         seed=seed,
         progress=progress,
+        class_counts=splits.class_counts if imbalance_ratio else None,
     )
     trainer.fit(train_batches, val_batches)
     return RunDirectory(out)

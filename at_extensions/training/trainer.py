@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from at_extensions.methods import Method
 from at_extensions.runs import RunDirectory
 from at_extensions.training import distributed
 from at_extensions.training.checkpoint import Checkpointer
-from at_extensions.training.metrics import EpochSums, autocast, validate
+from at_extensions.training.metrics import EpochSums, autocast, merged, numbers, validate
 from at_extensions.training.schedule import learning_rate
 
 PRECISIONS = ("fp32", "bf16")
@@ -43,7 +43,9 @@ class History:
 
     Attributes:
         rows: ``epoch`` (from 1), ``lr``, ``train_loss``, ``train_accuracy`` (on what was trained on), where there is a
-            validation split ``val_clean_accuracy`` and ``val_robust_accuracy``, and ``seconds``.
+            validation split ``val_clean_accuracy`` and ``val_robust_accuracy``, and ``seconds``. With class counts
+            ``per_class`` and ``groups`` (head, medium, tail): dicts of accuracies by ``train``, ``val_clean``,
+            ``val_robust``.
         best_epoch: The epoch whose weights are ``best``; None without validation.
     """
 
@@ -55,7 +57,7 @@ class History:
         return {"rows": self.rows, "best_epoch": self.best_epoch}
 
     def __repr__(self) -> str:
-        keys = list(dict.fromkeys(key for row in self.rows for key in row))
+        keys = list(dict.fromkeys(key for row in self.rows for key in numbers(row)))
         lines = [" ".join(f"{key:>19}" for key in keys)]
         for row in self.rows:
             cells = (f"{row[k]:>19.4g}" if isinstance(row.get(k), float) else f"{row.get(k, ''):>19}" for k in keys)
@@ -89,6 +91,7 @@ class Trainer:
         config: Written to ``config.yaml``; resuming a run with another one is refused.
         seed: Of the validation attack's random starts.
         progress: Show progress bars where standard error is a terminal.
+        class_counts: Training images of each class (K,), to measure accuracy by class and by group every epoch.
 
     Raises:
         ValueError: A number out of range or an unknown precision.
@@ -113,12 +116,14 @@ class Trainer:
         config: dict | None = None,
         seed: int = 0,
         progress: bool = True,
+        class_counts: Sequence[int] | None = None,
     ):
         self.method, self.optimizer, self.scheduler = method, optimizer, scheduler
         self.epochs = check_count("epochs", epochs)
         self.precision = check_name("precision", precision, PRECISIONS)
         self.clip_grad = clip_grad if clip_grad is None else check_number("clip_grad", clip_grad, above=0)
         self.seed, self.progress, self.channels_last = seed, progress, channels_last
+        self.class_counts = class_counts
         method.stream.seed += 7919 * distributed.rank()  # each process starts its attacks elsewhere
         if channels_last:
             method.model.to(memory_format=torch.channels_last)
@@ -155,10 +160,10 @@ class Trainer:
         bar = self._bar(range(done, self.epochs), "epochs", initial=done, total=self.epochs)
         for epoch in bar:
             row = self._epoch(epoch + 1, wrapped, train, check=epoch == done)
-            row |= self._validate(val)
+            row = merged(row, self._validate(val))
             self._select(row)
             self._checkpoints.save(lambda: self._state(train), self.model)
-            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "epoch"})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in numbers(row).items() if k != "epoch"})
         return self.history
 
     def _state(self, train: Iterable) -> dict:
@@ -203,7 +208,7 @@ class Trainer:
         started = time.perf_counter()
         self.method.train()
         device = device_of(self.method.model)
-        sums = EpochSums(device)
+        sums = EpochSums(device, self.class_counts)
         for x, y, index in self._bar(train, f"epoch {epoch}", leave=False):
             x, y, index = self._place(device, x, y, index)
             if check:
@@ -249,7 +254,8 @@ class Trainer:
             return {}
         started = time.perf_counter()
         distributed.share_buffers(self.model)
-        row = validate(self.model, val, self._val_attack, precision=self.precision, seed=self.seed)
+        options = {"precision": self.precision, "seed": self.seed, "class_counts": self.class_counts}
+        row = validate(self.model, val, self._val_attack, **options)
         return row | {"val_seconds": time.perf_counter() - started}
 
     def _select(self, row: dict) -> None:
