@@ -139,18 +139,22 @@ def nondeterministic(count: int, total: int, margin: float = 0.002) -> Flag | No
     )
 
 
-def square_improves(after_attack: Mapping[str, float], margin: float = 0.002) -> Flag | None:
+def square_improves(after_attack: Mapping[str, float], total: int, margin: float = 0.002) -> Flag | None:
     """Return a flag if Square, which needs no gradient, found what gradient-based attacks had missed.
+
+    AutoAttack warns beyond 0.2 points. Of fewer than 1,000 samples that can be a single one, which shows nothing; two
+    are needed here.
 
     Args:
         after_attack: Accuracy left after each attack, in order.
+        total: How many samples there are.
         margin: Points of accuracy, as a fraction, that count.
     """
     others = [accuracy for name, accuracy in after_attack.items() if name != "square"]
     if "square" not in after_attack or not others:
         return None
     gain = min(others) - after_attack["square"]
-    if gain <= margin:
+    if gain <= margin or round(gain * total) < 2:
         return None
     return Flag(
         "square_improves",

@@ -7,11 +7,16 @@ from at_extensions.evaluation.flags import inspect, nondeterministic, square_imp
 
 
 def test_square_beating_gradients_is_flagged():
-    assert square_improves({"apgd-ce": 0.5, "square": 0.49}).name == "square_improves"
-    assert square_improves({"apgd-ce": 0.5, "square": 0.499}) is None
-    assert square_improves({"apgd-ce": 0.5, "square": 0.4, "apgd-t": 0.3}) is None
-    assert square_improves({"square": 0.4}) is None
-    assert square_improves({"apgd-ce": 0.5}) is None
+    assert square_improves({"apgd-ce": 0.5, "square": 0.49}, 1000).name == "square_improves"
+    assert square_improves({"apgd-ce": 0.5, "square": 0.499}, 1000) is None
+    assert square_improves({"apgd-ce": 0.5, "square": 0.4, "apgd-t": 0.3}, 1000) is None
+    assert square_improves({"square": 0.4}, 1000) is None
+    assert square_improves({"apgd-ce": 0.5}, 1000) is None
+
+
+def test_square_beating_gradients_on_a_single_image_shows_nothing():
+    assert square_improves({"apgd-ce": 0.51, "square": 0.50}, 100) is None
+    assert square_improves({"apgd-ce": 0.52, "square": 0.50}, 100).name == "square_improves"
 
 
 def test_counts_have_a_margin():
