@@ -192,7 +192,8 @@ class _Plan:
 
     def signs_of_masking(self, clean: Clean, verdicts: Verdicts) -> list[Flag | None]:
         """What the attacks, and two short ones of our own, say of the model's gradients."""
-        found = [signs.zero_gradients(verdicts.zero_gradients), signs.square_improves(verdicts.after_attack, len(clean.labels))]
+        square = signs.square_improves(verdicts.after_attack, len(clean.labels))
+        found = [signs.zero_gradients(verdicts.zero_gradients), square]
         if self.version != "rand":
             found.append(signs.nondeterministic(verdicts.contradicted, len(self.samples)))
         if self.version in ("standard", "plus"):

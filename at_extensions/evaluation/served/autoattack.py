@@ -184,7 +184,8 @@ class AutoAttack:
                 self.get_logits, samples, suite, self.norm, self.epsilon, seed_of=seed_of, batch_size=bs,
                 device=device, store=store, listener=_Log(self._log, state),
             ).run(clean)  # fmt: skip
-        self._warn([signs.zero_gradients(verdicts.zero_gradients), signs.square_improves(verdicts.after_attack, len(clean.labels))])
+        square = signs.square_improves(verdicts.after_attack, len(clean.labels))
+        self._warn([signs.zero_gradients(verdicts.zero_gradients), square])
         return verdicts
 
     def _state(self, path: str | Path | None, attacks: Sequence[str]) -> tuple[EvaluationState, Callable[[int], int]]:
