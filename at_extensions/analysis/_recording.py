@@ -37,17 +37,15 @@ class Operation(NamedTuple):
         return (target or self.target)(*args, **kwargs)
 
 
-class Pass(NamedTuple):
-    """Some operations in order: what each runs as, and the slots that nobody reads after it."""
-
-    steps: tuple[tuple[Operation, Callable, tuple[int, ...]], ...]
+Pass = Sequence[tuple[Operation, Callable, tuple[int, ...]]]
+"""Some operations in order: what each runs as, and the slots that nobody reads after it."""
 
 
 class Recording:
     """The operations that turn images of one shape into logits.
 
     Args:
-        model: In eval mode; it is run once.
+        model: In eval mode; it is run once. What it keeps of that run may be unfit for use.
         state: Its parameters and buffers, each tensor under one name.
         images: (B, C, H, W) of the shape that is to be recorded.
 
@@ -74,7 +72,7 @@ class Recording:
         self._output = slots[_output(nodes[-1])]
         self.operations = _operations(nodes, slots, self._output)
         self.made = frozenset(op.slot for op in self.operations)
-        self.fixed = {slots[node]: getattr(module, node.target) for node in nodes if node.op == "get_attr"}
+        self.fixed = {slots[n]: operator.attrgetter(n.target)(module) for n in nodes if n.op == "get_attr"}
         self.fixed |= {slot: state[name] for name, slot in self._weight_slots.items()}
         self._owners = _owners(nodes, slots)
         self._bytes = {slots[node]: _bytes(node) for node in nodes}
@@ -107,12 +105,12 @@ class Recording:
         for op in operations:
             overwritten, target = self._overwriting.get(op.slot, (None, op.target))
             steps.append((op, target if overwritten in made else op.target, tuple(frees.get(op.slot, ()))))
-        return Pass(tuple(steps))
+        return steps
 
     def run(self, part: Pass, known: Mapping[int, Any], weights: Mapping[str, Tensor]) -> Tensor:
         """Return the logits: run ``part`` on the values in ``known``, with ``weights`` in place of the model's own."""
         values: dict[int, Any] = {self._weight_slots[name]: weight for name, weight in weights.items()}
-        for op, target, frees in part.steps:
+        for op, target, frees in part:
             values[op.slot] = op(values, known, target)
             for slot in frees:
                 del values[slot]

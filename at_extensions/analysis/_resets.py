@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
     Attributes:
         name: As in ``model.named_modules()``.
-        tied: Names of further layers that share a tensor with it; they are reset with it.
+        tied: Names of further layers that share a tensor, or its memory, with it; they are reset with it.
         tensors: Its parameters and floating-point buffers, as ``unique_tensors`` calls them.
         parameters: Those of them that are parameters.
     """
@@ -84,22 +84,16 @@ def _floating(module: nn.Module) -> list[Tensor]:
 
 def _tied_groups(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[list[str]]:
     """Put layers that share tensors together, in the order of their first; one inside another is not tied to it."""
+    places = {name: {(t.data_ptr(), t.shape) for t in _floating(modules[name]) if t.numel()} for name in names}
     groups: list[list[str]] = []
     for name in names:
-        own = {id(t) for t in _floating(modules[name])}
-        tied = [
-            group
-            for group in groups
-            if any(
-                not own.isdisjoint(id(t) for t in _floating(modules[other])) and not _nested(name, other)
-                for other in group
-            )
-        ]
+        tied = [g for g in groups if any(places[name] & places[other] and not _nested(name, other) for other in g)]
+        merged = [member for group in tied for member in group] + [name]
         if tied:
-            tied[0] += [member for group in tied[1:] for member in group] + [name]
-            groups = [group for group in groups if not any(group is merged for merged in tied[1:])]
+            groups[groups.index(tied[0])] = merged
+            groups = [group for group in groups if group not in tied]
         else:
-            groups.append([name])
+            groups.append(merged)
     return groups
 
 

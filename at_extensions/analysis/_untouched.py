@@ -45,12 +45,17 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
             yield model
     finally:
         for module, saved, contents in zip(modules, attributes, registers):
-            vars(module).clear()
-            vars(module).update(saved)
             for key, content in contents.items():
-                saved[key].clear()
-                saved[key].update(content)
+                _restore(saved[key], content)
+            _restore(vars(module), saved)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _restore(mapping: dict, content: dict) -> None:
+    """Make a dict hold ``content`` again; at no moment does it hold less."""
+    mapping.update(content)
+    for key in mapping.keys() - content.keys():
+        del mapping[key]

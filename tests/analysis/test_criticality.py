@@ -342,20 +342,27 @@ class Tied(nn.Module):
         self.second.weight = self.first.weight
         self.again = self.twice
         self.idle, self.head = nn.Linear(3, 3), nn.Linear(12, CLASSES)
+        self.third, self.fourth = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.fourth.weight.data = self.third.weight.data
 
     def forward(self, x):
         x = torch.tanh(self.second(torch.tanh(self.first(x.flatten(1)))))
+        x = torch.tanh(self.fourth(torch.tanh(self.third(x))))
         return self.head(torch.tanh(self.again(torch.tanh(self.twice(x)))))
 
 
 def test_layers_that_share_tensors_are_reset_once_and_together():
     torch.manual_seed(100)
-    model, images = Tied().double(), torch.rand(5, 3, 2, 2, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, images = Tied(), torch.rand(5, 3, 2, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
     labels = torch.arange(5)
     with pytest.warns(UserWarning, match="shares tensors"):
         result = layer_criticality(model, images, labels, fresh=own(Tied), trials=2)
-    assert result.layers == ["first", "twice", "idle", "head"]
-    assert result.tied == {"first": ["second"], "twice": ["again"]}
+    assert result.layers == ["first", "twice", "idle", "head", "third"]
+    assert result.tied == {"first": ["second"], "twice": ["again"], "third": ["fourth"]}
     assert "= first shares tensors with second" in repr(result)
     assert result.mean["idle"] == 0
     assert result.accuracy_after["idle"] == result.accuracy
