@@ -4,27 +4,36 @@
     python benchmarks/reproduce.py reat --data npz:cifar10.npz --scale gpu --seeds 0 1 2
 
 A study grows over days: what is finished is skipped, what was interrupted goes on where it was. Runs (checkpoints,
-metrics) go to --runs; results go to --results/<study>-<scale>/<arm>-seed<seed>.json, small enough to commit.
+metrics) go to --runs; results go to --results/<study>-<scale>/<arm>-seed<seed>.json, small enough to commit. Where a
+study has a reference arm, summary.json beside them holds every arm's paired differences from it over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from scipy.stats import t
+from torch import nn
 
 from at_extensions.attacks import PGD
+from at_extensions.checks import check_name
 from at_extensions.data import load_dataset
+from at_extensions.data.split import LabelledSplit
 from at_extensions.evaluation import count_correct, evaluate
+from at_extensions.evaluation.accuracy import count_correct_by_class
 from at_extensions.models import load_model
 from at_extensions.runs import RunDirectory, versions, write_json
 from at_extensions.training import train
+from at_extensions.training.metrics import by_frequency
 
 EPS = 8 / 255
 
@@ -39,7 +48,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A question, its arms, and what every arm shares at a scale."""
+    """A question, its arms, and what every arm shares at a scale.
+
+    Attributes:
+        ablations: Arms that only run when they are named by --arms.
+        reference: The arm that the others are compared with, seed by seed.
+    """
 
     question: str
     arms: dict[str, Arm]
@@ -47,10 +61,18 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     autoattack: dict[str, int | None] = field(default_factory=lambda: {"cpu": 500, "gpu": None})
     pgd20: bool = True
+    ablations: dict[str, Arm] = field(default_factory=dict)
+    reference: str | None = None
 
 
 CPU_NET = {"model": "cifar_resnet18", "model_options": {"width": 16}, "precision": "bf16"}
 GPU_NET = {"model": "preact_resnet18", "precision": "bf16"}
+LONG_TAIL = {"imbalance_ratio": 0.02, "val_fraction": 0.02}
+
+
+def reat_arm(**method_options) -> Arm:
+    return Arm({"method": "reat", "method_options": method_options})
+
 
 STUDIES = {
     "baseline": Study(
@@ -80,6 +102,30 @@ STUDIES = {
         seeds=(0,),
         autoattack={"cpu": 0, "gpu": 0},
     ),
+    "reat": Study(
+        question="On CIFAR-10-LT (0.02) with a balanced test set: is released REAT more than AT with balanced softmax, "
+        "and is the form that its paper intends?",
+        arms={
+            "at": Arm({"method": "pgd"}),
+            "at_bsl": Arm({"method": "at_bsl"}),
+            "reat_released": reat_arm(variant="released", attack_weighting="loss"),
+            "reat_pairwise_logit": reat_arm(variant="pairwise", attack_weighting="logit"),
+        },
+        ablations={
+            "reat_pairwise": reat_arm(variant="pairwise", attack_weighting="loss"),
+            "reat_pairwise_logit_0.1": reat_arm(variant="pairwise", attack_weighting="logit", tail_weight=0.1),
+            "reat_logit_no_tail": reat_arm(variant="pairwise", attack_weighting="logit", tail_weight=0.0),
+            "at_bsl_class_eps": Arm({"method": "at_bsl", "method_options": {"class_eps": 0.3}}),
+        },
+        common={
+            "cpu": CPU_NET | LONG_TAIL | {"steps": 3, "alpha": 4 / 255, "epochs": 15, "lr": 0.2, "warmup": 0.3},
+            "gpu": GPU_NET
+            | LONG_TAIL
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 80, "lr": 0.1, "schedule": "step", "milestones": [60, 75]},
+        },
+        autoattack={"cpu": 300, "gpu": None},
+        reference="at_bsl",
+    ),
 }
 
 
@@ -89,10 +135,9 @@ def run_arm(study: str, arm: str, seed: int, args: argparse.Namespace) -> Path:
     if out.exists():
         return out
     plan, started = STUDIES[study], time.time()
-    options = plan.common[args.scale] | plan.arms[arm].options
-    run = train(
-        args.runs / f"{study}-{args.scale}" / f"{arm}-seed{seed}", data=args.data, eps=EPS, seed=seed, **options
-    )
+    chosen = (plan.arms | plan.ablations)[arm]
+    options = {"eps": EPS} | plan.common[args.scale] | chosen.options
+    run = train(args.runs / f"{study}-{args.scale}" / f"{arm}-seed{seed}", data=args.data, seed=seed, **options)
     result = {
         "study": study,
         "question": plan.question,
@@ -105,7 +150,7 @@ def run_arm(study: str, arm: str, seed: int, args: argparse.Namespace) -> Path:
         "epochs": run.metrics(),
         "training_seconds": sum(row["seconds"] + row.get("val_seconds", 0.0) for row in run.metrics()),
     }
-    first = seed == args.seeds[0] or not plan.arms[arm].only_first_seed_attacked
+    first = seed == args.seeds[0] or not chosen.only_first_seed_attacked
     result |= measure(run, plan, args, options["eps"], attacked=first and plan.autoattack[args.scale] != 0)
     result |= {"versions": versions(), "machine": machine(), "wall_seconds": time.time() - started}
     write_json(out, result)
@@ -115,6 +160,7 @@ def run_arm(study: str, arm: str, seed: int, args: argparse.Namespace) -> Path:
 def measure(run: RunDirectory, plan: Study, args: argparse.Namespace, eps: float, *, attacked: bool) -> dict:
     """Clean and PGD-20 accuracy on all test images for the best and the last epoch; AutoAttack on the best."""
     trained = run.config()["data"]
+    class_counts = trained["class_counts"] if trained["imbalance_ratio"] else None
     test = load_dataset(args.data, val_fraction=0.0).test
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict = {}
@@ -122,19 +168,78 @@ def measure(run: RunDirectory, plan: Study, args: argparse.Namespace, eps: float
         if not run.weights(kind).is_file():
             continue
         model = load_model(run.weights(kind)).to(device)
-        result[kind] = {"clean": share(count_correct(model, test, batch_size=250))}
+        result[kind] = {"clean": accuracies(model, test, class_counts)}
         if plan.pgd20:
-            attack = PGD(model, eps, eps / 4, 20)
-            result[kind]["pgd20"] = share(count_correct(model, test, attack=attack, batch_size=250))
+            result[kind]["pgd20"] = accuracies(model, test, class_counts, PGD(model, eps, eps / 4, 20))
     if attacked:
         result["autoattack"] = evaluate(
             load_model(run.published_weights()).to(device),
             test if plan.autoattack[args.scale] is None else test.subset(plan.autoattack[args.scale]),
             eps=eps,
             state_dir=run.path / "autoattack_state",
-            class_counts=trained["class_counts"] if trained["imbalance_ratio"] else None,
+            class_counts=class_counts,
         ).to_dict()
     return result
+
+
+def accuracies(
+    model: nn.Module, test: LabelledSplit, class_counts: list[int] | None, attack: PGD | None = None
+) -> dict:
+    """Accuracy on the test split, under an attack if one is given; by class and group after long-tailed training."""
+    if class_counts is None:
+        return share(count_correct(model, test, attack=attack, batch_size=250))
+    counts = count_correct_by_class(model, test, len(class_counts), attack=attack, batch_size=250).cpu()
+    by_class = by_frequency({"test": counts}, class_counts)
+    return share(counts.sum(0)) | {name: values["test"] for name, values in by_class.items()}
+
+
+def summarise(study: str, args: argparse.Namespace) -> Path:
+    """Write every arm's mean accuracies and its paired differences from the reference arm, over the seeds there are."""
+    folder, reference = args.results / f"{study}-{args.scale}", STUDIES[study].reference
+    found: dict[str, dict[str, dict[int, float]]] = {}  # arm -> what was measured -> seed -> accuracy
+    for path in sorted(folder.glob("*-seed*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in measured(result).items():
+            found.setdefault(result["arm"], {}).setdefault(name, {})[result["seed"]] = value
+    summary = {
+        "reference": reference,
+        "means": {
+            arm: {name: statistics.fmean(values.values()) for name, values in of_arm.items()}
+            for arm, of_arm in found.items()
+        },
+        "differences": {
+            arm: {name: paired(values, found.get(reference, {}).get(name, {})) for name, values in of_arm.items()}
+            for arm, of_arm in found.items()
+            if arm != reference
+        },
+    }
+    return write_json(folder / "summary.json", summary)
+
+
+def measured(result: dict) -> dict[str, float]:
+    """Return the accuracies on the test images of a result by name, such as ``best/pgd20/tail``."""
+    values = {}
+    for kind in ("best", "last"):
+        for name, of_attack in result.get(kind, {}).items():
+            values[f"{kind}/{name}"] = of_attack["accuracy"]
+            groups = of_attack.get("groups", {})
+            values |= {f"{kind}/{name}/{group}": value for group, value in groups.items() if value is not None}
+    return values
+
+
+def paired(values: dict[int, float], reference: dict[int, float]) -> dict:
+    """Return the differences on the seeds that both have, their mean, and Student's 95 % interval of it."""
+    seeds = sorted(values.keys() & reference.keys())
+    differences = [values[seed] - reference[seed] for seed in seeds]
+    summary = {"seeds": seeds, "differences": differences}
+    if not seeds:
+        return summary
+    mean = statistics.fmean(differences)
+    if len(seeds) == 1:
+        return summary | {"mean": mean, "interval": None, "differs": None}
+    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+    low, high = mean - float(half), mean + float(half)
+    return summary | {"mean": mean, "interval": [low, high], "differs": not low <= 0 <= high}
 
 
 def share(counts: torch.Tensor) -> dict:
@@ -168,10 +273,14 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     study = STUDIES[args.study]
+    for arm in args.arms or ():
+        check_name("arm", arm, study.arms | study.ablations)
     args.seeds = args.seeds or list(study.seeds)
     for seed in args.seeds:  # seed by seed, so that an unfinished study is already paired
         for arm in args.arms or study.arms:
             print(run_arm(args.study, arm, seed, args), flush=True)
+            if study.reference is not None:
+                summarise(args.study, args)
     return 0
 
 
