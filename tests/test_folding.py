@@ -320,9 +320,13 @@ def test_nothing_folds_inside_or_across_a_container_that_is_hooked():
     model = Wired(container_between)
     model.container = nn.Sequential(model.conv1)
     assert fold_batchnorm(double(model)).folded == 2
-    model.container.register_forward_hook(lambda m, inputs, output: output.relu())
+    seen = []
+    model.container.register_forward_hook(lambda m, inputs, output: seen.append(output.detach()))
     twin = fold_batchnorm(model)
+    assert not seen
     assert twin.folded == 1
+    twin(images(size=6))
+    torch.testing.assert_close(seen.pop(), model.conv1(images(size=6)).detach(), rtol=0, atol=1e-12)
     assert_twin_equals(twin, model, images(size=6))
 
 
@@ -355,8 +359,9 @@ def test_the_twin_follows_weights_that_are_replaced_and_modules_that_are_exchang
 
 def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_models_memory():
     torch.manual_seed(0)
-    model = double(Wired(chained))
+    model = double(Wired(output_used_twice))  # so that one convolution folds and one does not
     twin = fold_batchnorm(model)
+    held, copied = [], []
     for dtype, layout, autocast in [
         (torch.float64, torch.channels_last, False),
         (torch.float32, torch.contiguous_format, False),
@@ -364,10 +369,12 @@ def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_mo
         (torch.float32, torch.channels_last, True),
         (torch.float64, torch.contiguous_format, True),
         (torch.float32, torch.channels_last, False),
+        (torch.float32, torch.contiguous_format, False),
     ]:
         model.to(dtype=dtype, memory_format=layout)
-        held = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-        expected = {name: tensor.clone() for name, tensor in held.items()}
+        model.conv1.weight = nn.Parameter(model.conv1.weight.detach() + 0.01)
+        held += model.state_dict().values()  # the very memory, also once the model has left it
+        copied += [tensor.clone() for tensor in model.state_dict().values()]
         x = images(size=6, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             twin.refresh()
@@ -375,7 +382,7 @@ def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_mo
             assert twin(x).dtype == truth.dtype
             tolerance = 0.05 if truth.dtype is torch.bfloat16 else 1e-5 if dtype is torch.float32 else 1e-10
             torch.testing.assert_close(twin(x), truth, rtol=tolerance, atol=tolerance)
-        assert all(torch.equal(held[name], expected[name]) for name in held)
+        assert all(torch.equal(a, b) for a, b in zip(held, copied))
 
 
 def test_under_autocast_the_twin_equals_autocast_on_the_same_folded_weights_bit_for_bit():
