@@ -35,7 +35,7 @@ LARGEST_REPULSION = 1.0
 
 @register("reat", "REAT (Li et al. 2023): re-balanced attack and loss, wider tail classes; for long-tailed data")
 class REAT(Method):
-    """REAT ("Adversarial Training Over Long-Tailed Distribution", Li, Xu and Zhang 2023, arXiv 2307.10205).
+    """REAT ("Alleviating the Effect of Data Imbalance on Adversarial Training", Li, Xu and Zhang 2023, 2307.10205).
 
     With n_c training images of class c, N in all, K classes, and m_c adversarial examples that the training forwards of
     the previous epoch predicted as class c (before the first ``epoch_end``, m = n):
