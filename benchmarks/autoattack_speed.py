@@ -1,8 +1,8 @@
 """AutoAttack's standard suite on robust models: stock pyautoattack against ``evaluate``, whole runs, verdicts compared.
 
-python benchmarks/autoattack_speed.py runs/preact/checkpoints/best.safetensors --data npz:cifar10.npz       # hours on a CPU
-python benchmarks/autoattack_speed.py A.safetensors B.safetensors --data cifar10 --root data --n-examples 200 --threads 2
-python benchmarks/autoattack_speed.py A.safetensors --data digits --eps 0.2 --n-examples 40 --ways stock fp32    # a trial
+python benchmarks/autoattack_speed.py runs/preact/checkpoints/best.safetensors --data npz:cifar10.npz  # hours on a CPU
+python benchmarks/autoattack_speed.py A.safetensors B.safetensors --data cifar10 --root data --threads 2
+python benchmarks/autoattack_speed.py A.safetensors --data digits --eps 0.2 --n-examples 40 --ways stock fp32  # a trial
 
 Every measurement is a process of its own and they run one after the other. With images that fit into one batch, stock
 and ours draw the same random numbers. ``one`` and ``two`` are ``evaluate`` in fp32 in one process and in two, of one
