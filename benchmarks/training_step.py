@@ -7,8 +7,9 @@ python benchmarks/training_step.py --device cuda --precisions bf16
 The floor is what a step cannot do without: 10 input-gradient passes in eval mode, a forward and backward pass in train
 mode, and the optimiser's step, on the same network, batch and precision. It comes in the two memory formats; ours,
 as the trainer runs it, is in channels_last. torchattacks and ART run as their documentation shows them, in fp32;
-``torchattacks_autocast`` has the whole plain loop under bf16 autocast. Columns take turns within a round, and ratios
-are medians over rounds of the ratio within a round.
+``torchattacks_autocast`` has the whole plain loop under bf16 autocast. Columns have a process each and take turns
+within a round; ratios are medians over rounds of the ratio within a round. Peak memory is what the steps add to the
+memory of the network and batch.
 """
 
 from __future__ import annotations
@@ -191,42 +192,67 @@ def seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compare(setting: Setting, columns: list[str], rounds: int) -> dict[str, list[float]]:
-    """Time every column once a round, each round starting with another one, after one step each to warm up."""
-    steps = {column: MAKERS[column](setting) for column in columns}
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {column: [] for column in columns}
-    for r in range(rounds):
-        for column in columns[r % len(columns) :] + columns[: r % len(columns)]:
-            times[column].append(seconds(steps[column], setting.device))
-    return times
+class Worker:
+    """A column in a process of its own, so that no column works on memory that another one has left in pieces."""
+
+    def __init__(self, setting: Setting, column: str, argv: list[str]):
+        command = [sys.executable, "-W", "ignore", __file__, *argv, "--worker", setting.network, setting.precision]
+        self.process = subprocess.Popen(
+            [*command, column], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def ask(self, question: str) -> float:
+        """Return the seconds of a ``"step"``, or by how many MB the steps so far raised the ``"memory"`` at most."""
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(self.process.args)} ended with {self.process.wait()}")
+        return float(answer)
+
+    def close(self) -> None:
+        """Let the process end."""
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def peak_memory(setting: Setting, column: str, argv: list[str]) -> int:
-    """Return by how many MB two steps of a column raise the memory at most, in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, *argv, "--memory-of", setting.network, setting.precision]
-    done = subprocess.run([*command, column], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
-def memory_of(setting: Setting, column: str) -> int:
-    """Return by how many MB two steps raise the memory at most: resident on a CPU (Linux), allocated on a GPU."""
+def work(setting: Setting, column: str) -> None:
+    """Be the process that a worker talks to."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
     step = MAKERS[column](setting)
-    before, _ = _memory(setting.device)
-    for _ in range(2):
-        step()
-    _, peak = _memory(setting.device)
-    return round((peak - before) / 2**20)
+    before, _ = memory(setting.device)
+    for question in sys.stdin:
+        if question.strip() == "step":
+            answer = seconds(step, setting.device)
+        else:
+            answer = (memory(setting.device)[1] - before) / 2**20
+        print(answer, file=answers, flush=True)
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Return the bytes in use and the most there have been."""
+def memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes in use and the most there have been: allocated on a GPU, resident on a CPU (0 but on Linux)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    now, peak = (int(status[key].split()[0]) * 2**10 for key in ("VmRSS", "VmHWM"))  # in kB
+    status = Path("/proc/self/status")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
+    now, peak = (int(lines.get(key, "0").split()[0]) * 2**10 for key in ("VmRSS", "VmHWM"))  # in kB
     return now, peak
+
+
+def compare(setting: Setting, columns: list[str], argv: list[str], rounds: int) -> tuple[dict, dict]:
+    """Return every column's seconds, once a round, each round starting with another one, and its peak memory in MB."""
+    workers = {column: Worker(setting, column, argv) for column in columns}
+    try:
+        for worker in workers.values():  # to warm up
+            worker.ask("step")
+        times: dict[str, list[float]] = {column: [] for column in columns}
+        for r in range(rounds):
+            for column in columns[r % len(columns) :] + columns[: r % len(columns)]:
+                times[column].append(workers[column].ask("step"))
+        return times, {column: round(worker.ask("memory")) for column, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def batch_loading(args: argparse.Namespace, images: int = 50_000) -> float:
@@ -244,7 +270,7 @@ def batch_loading(args: argparse.Namespace, images: int = 50_000) -> float:
     return seconds(epoch, torch.device(args.device)) / len(loader)
 
 
-def summary(times: dict[str, list[float]], memory: dict[str, float], loading: float) -> dict:
+def summary(times: dict[str, list[float]], peaks: dict[str, int], loading: float) -> dict:
     ratios = {
         name: round(statistics.median(a / b for a, b in zip(times[above], times[below])), 3)
         for name, (above, below) in RATIOS.items()
@@ -253,7 +279,7 @@ def summary(times: dict[str, list[float]], memory: dict[str, float], loading: fl
     return {
         "median_seconds": {column: round(statistics.median(t), 4) for column, t in times.items()},
         "seconds": {column: [round(s, 4) for s in t] for column, t in times.items()},
-        "peak_memory_mb": memory,
+        "peak_memory_mb": peaks,
         "ratios": ratios,
         "share_of_loading": round(loading / (loading + statistics.median(times["ours_twin"])), 5),
     }
@@ -303,22 +329,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps of PGD")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-memory", action="store_true", help="skip memory (on a CPU it needs Linux)")
     parser.add_argument("--output", type=Path, help="results/training_step_DEVICE.json by default")
-    parser.add_argument("--memory-of", nargs=3, metavar=("NETWORK", "PRECISION", "COLUMN"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("NETWORK", "PRECISION", "COLUMN"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parent
-    sys.path = [p for p in sys.path if Path(p).resolve() != here]  # its autoattack.py is not the package of that name
     argv = sys.argv[1:]
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        network, precision, column = args.memory_of
-        print(memory_of(Setting(network, precision, args), column))
+    if args.worker:
+        network, precision, column = args.worker
+        work(Setting(network, precision, args), column)
         return
 
     device = torch.device(args.device)
@@ -334,9 +357,7 @@ def main() -> None:
         for precision in args.precisions:
             setting = Setting(network, precision, args)
             columns = columns_of(setting, args)
-            times = compare(setting, columns, args.rounds)
-            memory = {} if args.no_memory else {c: peak_memory(setting, c, argv) for c in columns}
-            found = summary(times, memory, result["loading_seconds_per_batch"])
+            found = summary(*compare(setting, columns, argv, args.rounds), result["loading_seconds_per_batch"])
             result["networks"].setdefault(network, {})[precision] = found
             print(f"{network} {precision}: {json.dumps(found['ratios'])}", flush=True)
     result["machine"]["load_after"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
