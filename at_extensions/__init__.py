@@ -37,7 +37,7 @@ _ROOMS = (
     "training",
 )
 
-__all__ = ["__version__", "upstream", *_HOME, *_ROOMS]  # noqa: PLE0604
+__all__ = ["__version__", "upstream", *_HOME, *_ROOMS]
 
 upstream.serve_autoattack()
 

@@ -198,11 +198,12 @@ class _Plan:
             found.append(signs.nondeterministic(verdicts.contradicted, len(self.samples)))
         if self.version in ("standard", "plus"):
             torch.manual_seed(self.seed)  # whatever was drawn before, by this run or one that it goes on from
-            right, standing = (
-                self.first(rows.nonzero().flatten(), masking.SAMPLES) for rows in (clean.correct, verdicts.robust)
-            )
-            flag = masking.unbounded(self.model, *right, self.norm)
-            found.append(flag or masking.transfer(self.model, *standing, self.norm, self.eps))
+            right, standing = (rows.nonzero().flatten() for rows in (clean.correct, verdicts.robust))
+            if len(right):
+                found.append(masking.unbounded(self.model, *self.first(right, masking.SAMPLES), self.norm))
+            if len(standing) and found[-1] is None:
+                x, y = self.first(standing, masking.SAMPLES)
+                found.append(masking.transfer(self.model, x, y, self.norm, self.eps))
         return found
 
 

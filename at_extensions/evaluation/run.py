@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from at_extensions.checks import check_name, parse_fraction
+from at_extensions.checks import parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.report import RobustnessReport
 from at_extensions.models import load_model
-from at_extensions.runs import KINDS, RunDirectory
+from at_extensions.runs import RunDirectory
 
 
 def evaluate_run(
@@ -40,7 +40,7 @@ def evaluate_run(
         norm: Linf, L2 or L1.
         version: standard, plus, rand, or custom with a list of attacks.
         attacks: For version custom: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.
-        n_examples: Attack only that many test images, as evenly over the classes as they allow; the report says so.
+        n_examples: Attack only that many test images, a random subset drawn by the seed; the report says so.
         checkpoint: best or last; the best there is by default.
         data: Another data set than the run's own.
         root: Folder that holds the data set, in torchvision's layout.
@@ -59,7 +59,8 @@ def evaluate_run(
     """
     directory = RunDirectory(run)
     config = directory.config()
-    model = _published_model(directory, checkpoint, device)
+    path = directory.published_weights() if checkpoint is None else directory.weights(checkpoint)
+    model = load_model(path).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trained = config["data"]
     splits = load_dataset(
         data or trained["name"],
@@ -67,29 +68,30 @@ def evaluate_run(
         val_fraction=0.0,
         image_size=trained.get("image_size"),
     )
-    split = splits.test if n_examples is None else splits.test.subset(n_examples, seed=0)
+    settings = {
+        "norm": norm,
+        "eps": parse_fraction(config["method"]["eps"] if eps is None else eps),
+        "version": version,
+        "attacks": attacks,
+        "seed": seed,
+        "batch_size": batch_size,
+        "n_examples": n_examples,
+        "precision": precision,
+    }
     report = evaluate(
         model,
-        split,
-        norm=norm,
-        eps=parse_fraction(config["method"]["eps"] if eps is None else eps),
-        version=version,
-        attacks=attacks,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        state_dir=directory.path / "evaluation_state",
-        class_counts=config["data"].get("class_counts") if config["data"].get("imbalance_ratio") else None,
+        splits.test,
+        state_dir=directory.path / "evaluation_state" / _digest(path, data, settings),
+        class_counts=trained.get("class_counts") if trained.get("imbalance_ratio") else None,
         progress=progress,
+        **settings,
     )
     directory.write_evaluation(report.to_dict(), report.examples and report.examples.to_dict())
     return report
 
 
-def _published_model(directory: RunDirectory, checkpoint: str | None, device: str | None) -> nn.Module:
-    if checkpoint is None:
-        path = directory.published_weights()
-    else:
-        path = directory.weights(check_name("checkpoint", checkpoint, KINDS))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_model(path).to(device)
+def _digest(weights: Path, data: str | None, settings: dict) -> str:
+    """Return a short name for an evaluation, so that one with other weights or settings keeps a state of its own."""
+    digest = hashlib.sha256(weights.read_bytes())
+    digest.update(repr((data, sorted(settings.items()))).encode())
+    return digest.hexdigest()[:16]
