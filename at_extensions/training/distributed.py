@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -27,9 +30,25 @@ def connect() -> torch.device:
 
 
 def disconnect() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined.
+
+    A DistributedDataParallel that still waits for the garbage collector keeps the group's threads alive; one of them
+    may then meet an interpreter that is shutting down and abort the process.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[torch.device]:
+    """Yield this process's device inside the process group; leave the group afterwards if this call joined it."""
+    joined = not dist.is_initialized()
+    try:
+        yield connect()
+    finally:
+        if joined:
+            disconnect()
 
 
 def rank() -> int:

@@ -118,46 +118,46 @@ def train(
     """
     settings = dict(locals())
     eps = check_eps(parse_fraction(eps))
-    device = distributed.connect()
+    with distributed.connected() as device:
+        _fit(settings, eps, device)
+    return RunDirectory(out)
+
+
+def _fit(settings: dict, eps: float, device: torch.device) -> None:
+    """Build everything that the settings name, and train."""
+    options = {key: settings[key] for key in ("imbalance_ratio", "imbalance_kind", "image_size", "val_fraction")}
+    noise = None if settings["label_noise"] is None else (settings["label_noise"], settings["label_noise_kind"])
     splits = load_dataset(
-        data,
-        root=root,
-        val_fraction=val_fraction,
-        imbalance_ratio=imbalance_ratio,
-        imbalance_kind=imbalance_kind,
-        label_noise=None if label_noise is None else (label_noise, label_noise_kind),
-        seed=data_seed,
-        image_size=image_size,
+        settings["data"], root=settings["root"], label_noise=noise, seed=settings["data_seed"], **options
     )
-    if train_size is not None:
-        splits.train = splits.train.subset(train_size, seed=data_seed)
+    if settings["train_size"] is not None:
+        splits.train = splits.train.subset(settings["train_size"], seed=settings["data_seed"])
         splits.class_counts = splits.train.class_counts
     net = _model(settings, splits).to(device)
-    recipe = _method(settings, net, splits, eps)
+    method = _method(settings, net, splits, eps)
     train_batches, val_batches = _loaders(settings, splits, device)
-    optim = create_optimizer(net, optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimizer = create_optimizer(
+        net, settings["optimizer"], **{key: settings[key] for key in ("lr", "momentum", "weight_decay")}
+    )
+    scheduler = create_scheduler(
+        optimizer,
+        settings["schedule"],
+        steps_per_epoch=len(train_batches),
+        **{key: settings[key] for key in ("epochs", "warmup", "milestones")},
+    )
+    val_steps = settings["val_steps"]
+    same = ("epochs", "precision", "channels_last", "compile", "ema", "clip_grad", "resume", "seed", "progress")
     trainer = Trainer(
-        recipe,
-        optim,
-        epochs=epochs,
-        scheduler=create_scheduler(
-            optim, schedule, epochs=epochs, steps_per_epoch=len(train_batches), warmup=warmup, milestones=milestones
-        ),
-        precision=precision,
-        channels_last=channels_last,
-        compile=compile,
-        ema=ema,
-        clip_grad=clip_grad,
+        method,
+        optimizer,
+        scheduler=scheduler,
         val_attack=lambda m: PGD(m, eps=eps, alpha=2.5 * eps / val_steps, steps=val_steps),
-        run_dir=out,
-        resume=resume,
+        run_dir=settings["out"],
         config=_config(settings, net, splits, eps),
-        seed=seed,
-        progress=progress,
-        class_counts=splits.class_counts if imbalance_ratio else None,
+        class_counts=splits.class_counts if settings["imbalance_ratio"] else None,
+        **{key: settings[key] for key in same},
     )
     trainer.fit(train_batches, val_batches)
-    return RunDirectory(out)
 
 
 def _model(settings: dict, splits: Splits) -> nn.Module:

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from at_extensions.methods import REAT
+from at_extensions.training import distributed
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
+
+def work() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
     method = REAT(net.double(), [40, 20, 10, 5], eps=0.1, alpha=0.05, steps=2, seed=dist.get_rank())
@@ -30,4 +31,9 @@ if __name__ == "__main__":
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     state = {"counted": counted, "before": before, "class_weights": method.class_weights, "weights": weights}
     torch.save(state | {"after": method.predicted}, f"{sys.argv[1]}/{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    distributed.connect()
+    work()
+    distributed.disconnect()
