@@ -79,6 +79,11 @@ def label():
 @pytest.fixture
 def small_suite(monkeypatch):
     """Attacks of few steps, for tests that are about what surrounds them."""
+    shrink(monkeypatch)
+
+
+def shrink(monkeypatch):
+    """Give every attack few steps."""
     from at_extensions.evaluation import suite
 
     make = suite.make_attackers
