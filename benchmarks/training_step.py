@@ -10,6 +10,10 @@ as the trainer runs it, is in channels_last. torchattacks and ART run as their d
 ``torchattacks_autocast`` has the whole plain loop under bf16 autocast. Columns have a process each and take turns
 within a round; ratios are medians over rounds of the ratio within a round. Peak memory is what the steps add to the
 memory of the network and batch.
+
+On a CPU with glibc, big tensors that are freed go back to the system and are faulted in anew, up to a third of a step
+and differently from process to process. MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 in the
+environment keeps them, for every column alike; what is set is noted in the results.
 """
 
 from __future__ import annotations
@@ -294,6 +298,7 @@ def machine(device: torch.device) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "allocator": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD"))},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
