@@ -21,6 +21,7 @@ _HOME = {  # public name -> the module it lives in
     "list_methods": "methods",
     "Trainer": "training",
     "RunDirectory": "runs",
+    "keep_freed_memory": "memory",
 }
 _ROOMS = (
     "analysis",
@@ -29,6 +30,7 @@ _ROOMS = (
     "data",
     "evaluation",
     "experiments",
+    "memory",
     "methods",
     "models",
     "optim",

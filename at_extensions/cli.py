@@ -7,17 +7,18 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 
-from at_extensions.runs import RunDirectory
+from at_extensions.memory import keep_freed_memory
+from at_extensions.runs import RunDirectory, find_runs
 
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError)
 """What a user's own settings or files can cause: shown as one line, without a traceback."""
 
 
-def _commands() -> dict[str, Callable]:
+def _commands() -> dict[str, Callable | dict]:
     """Return the commands; what they need loads here, not when the package is imported."""
     from at_extensions import evaluation, experiments, publishing, training
 
@@ -77,12 +78,32 @@ def _commands() -> dict[str, Callable]:
         print(f"submission: {folder}\nnext: at-extensions verify {folder}")
 
     publish.__annotations__["paper"] = publishing.Paper  # a name of this function, unknown where the parser looks
+
+    def report(folder: str, *, out: str | None = None, title: str = "Robustness report"):
+        """Write one HTML page on several runs side by side, with the plots of a sweep where they are one.
+
+        Args:
+            folder: A folder of run directories, or one run directory.
+            out: The file to write; report.html in the folder by default.
+            title: Heading of the page.
+        """
+        runs = find_runs(folder)
+        print(f"report: {publishing.write_report(runs, out or Path(folder) / 'report.html', title=title)}")
+
+    @wraps(publishing.analyze_criticality)
+    def criticality(*, out: str = "runs/criticality", **kwargs):
+        for name, result in publishing.analyze_criticality(out=out, **kwargs).items():
+            print(f"{name}\n{result}\n")
+        print(f"results: {', '.join(str(path) for path in sorted(Path(out).glob('criticality*')))}")
+
     return {
         "train": train,
         "evaluate": evaluate,
+        "report": report,
         "publish": publish,
         "verify": verify,
         "leaderboard": leaderboard,
+        "analyze": {"_help": "Measure what a trained model does.", "criticality": criticality},
         "demo": demo,
     }
 
@@ -94,14 +115,17 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated")
     commands = _commands()
+    keep_freed_memory()
     arguments = _flags([_underscores(a) for a in (sys.argv[1:] if argv is None else argv)], commands)
     try:
+        arguments = _preset_first(arguments)
         status = jsonargparse.auto_cli(
             commands,
             args=arguments,
             prog="at-extensions",
             description="Adversarial training: train, evaluate and publish robust image classifiers. "
-            "Every command takes --config FILE.yaml with the same names; what is given on the command line wins.",
+            "Every command takes --config FILE.yaml with the same names; what is given on the command line wins. "
+            "train --preset NAME begins with the recipe of a paper.",
         )
     except EXPECTED as error:
         if os.environ.get("AT_EXTENSIONS_TRACEBACK"):
@@ -117,11 +141,26 @@ def _underscores(argument: str) -> str:
     return (name.replace("-", "_").replace("__", "--", 1) if re.match(r"--\w", name) else name) + equals + value
 
 
-def _flags(arguments: list[str], commands: dict[str, Callable]) -> list[str]:
+def _preset_first(arguments: list[str]) -> list[str]:
+    """Let ``train ... --preset deat`` mean ``train --config THE_PRESET.yaml ...``: whatever else is given then wins."""
+    from at_extensions.training.presets import preset_path
+
+    if arguments[:1] != ["train"]:
+        return arguments
+    rest = arguments[1:]
+    for i, argument in enumerate(rest):
+        option, equals, name = argument.partition("=")
+        if option == "--preset":
+            name, after = (name, i + 1) if equals else (next(iter(rest[i + 1 : i + 2]), ""), i + 2)
+            return ["train", "--config", str(preset_path(name)), *rest[:i], *rest[after:]]
+    return arguments
+
+
+def _flags(arguments: list[str], commands: dict[str, Callable | dict]) -> list[str]:
     """Let ``--allow_partial`` mean ``--allow_partial=true``, for every option that is true or false."""
     switches = {
         f"--{name}"
-        for command in commands.values()
+        for command in _functions(commands)
         for name, parameter in inspect.signature(command).parameters.items()
         if parameter.annotation in (bool, "bool")
     }
@@ -130,6 +169,15 @@ def _flags(arguments: list[str], commands: dict[str, Callable]) -> list[str]:
         f"{a}=true" if a in switches and after not in ("true", "false") else a
         for a, after in zip(arguments, following, strict=True)
     ]
+
+
+def _functions(commands: dict[str, Callable | dict]) -> Iterator[Callable]:
+    """Every command, and every command of a group."""
+    for command in commands.values():
+        if isinstance(command, dict):
+            yield from _functions({name: part for name, part in command.items() if name != "_help"})
+        else:
+            yield command
 
 
 if __name__ == "__main__":

@@ -262,6 +262,24 @@ def _row(path: Path, number: int, line: str) -> dict:
     return row
 
 
+def find_runs(folder: str | Path) -> list[RunDirectory]:
+    """Return the run directories in a folder, at any depth and in the order of their paths; it may be one itself.
+
+    Raises:
+        FileNotFoundError: No such folder, or none that holds a config.yaml with metrics or checkpoints.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    found = sorted(path.parent for path in folder.rglob("config.yaml"))
+    runs = [
+        RunDirectory(path) for path in found if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
+    ]
+    if not runs:
+        raise FileNotFoundError(f"{folder} holds no run directory; train first: at-extensions train {folder}/NAME")
+    return runs
+
+
 def _read(path: Path, parse: Callable, default):
     if not path.exists():
         return default

@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,8 @@ from at_extensions.checks import parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.evaluation import evaluate
 from at_extensions.models import load_model
-from at_extensions.runs import versions, write_json
+from at_extensions.runs import write_json
+from measuring import machine
 
 RESULT = Path(__file__).parent / "results" / "autoattack.json"
 WAYS = ("stock", "fp32", "bf16", "one", "two")
@@ -146,21 +146,6 @@ def compare(outcomes: dict[str, dict]) -> dict:
     return found
 
 
-def machine(args: argparse.Namespace) -> dict:
-    """Describe what the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return {
-        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device,
-        "processor": next(names, platform.processor()),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "load_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
-    }
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="checkpoints that at_extensions.load_model reads")
@@ -187,7 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         measure(args)
         return
     shared = ("data", "n_examples", "norm", "eps", "batch_size", "shard_batch_size", "queries", "seed")
-    result = {"machine": machine(args), "settings": {name: getattr(args, name) for name in shared}, "models": {}}
+    result = {
+        "machine": machine(args.device) | {"threads": args.threads},
+        "settings": {name: getattr(args, name) for name in shared},
+        "models": {},
+    }
     for model in args.models:
         outcomes = {}
         for way in args.ways:

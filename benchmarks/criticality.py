@@ -18,13 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +34,7 @@ import at_extensions as atx
 from at_extensions.analysis import layer_criticality
 from at_extensions.analysis._named_models import open_model
 from at_extensions.data import load_dataset
+from measuring import machine
 
 RESULT = Path(__file__).parent / "results" / "criticality.json"
 GOAL, TOLERANCE = 1.6, 1e-5
@@ -205,25 +203,6 @@ def until_narrow(argv: list[str], args: argparse.Namespace) -> dict:
     }
 
 
-def machine(device: torch.device) -> dict:
-    """Describe what the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", "timm", "robustbench", "numpy")},
-    }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.processor())
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
@@ -254,7 +233,7 @@ def main() -> None:
     result = {
         "what": f"layer criticality of every convolution and linear layer, {args.trials} trials: the plain loop, ours",
         "goal": f"at least {GOAL} times as fast, largest difference at most {TOLERANCE}",
-        "machine": machine(torch.device(args.device)),
+        "machine": machine(args.device),
         "seed": args.seed,
         "cases": {},
     }

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import platform
 import statistics
 import time
 from fractions import Fraction
@@ -33,7 +31,9 @@ from at_extensions.attacks import PGD
 from at_extensions.data import load_dataset
 from at_extensions.publishing import criticality_plots as plots
 from at_extensions.publishing.criticality import write_criticality
-from at_extensions.runs import versions, write_json
+from at_extensions.publishing.plots import save_png
+from at_extensions.runs import write_json
+from measuring import machine
 
 RESULTS = Path(__file__).parent / "results" / "criticality_study"
 PARTS = ("early", "middle", "late")
@@ -158,8 +158,7 @@ def main() -> None:
     base, *others = args.models
     study = {
         "question": "Does adversarial training raise the criticality of early and middle layers, and spread it?",
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": args.device},
-        "versions": versions(),
+        "machine": machine(args.device),
         "seed": args.seed,
         "data": split.name,
         "n_images": args.n_images,
@@ -183,9 +182,7 @@ def main() -> None:
     }
     write_criticality(results, args.out)
     if len({s.eps for s in args.models}) > 1:
-        plots.save_png(
-            plots.eps_curves(results, {s.name: s.eps for s in args.models}), args.out / "criticality_eps.png"
-        )
+        save_png(plots.eps_curves(results, {s.name: s.eps for s in args.models}), args.out / "criticality_eps.png")
     print(write_json(args.out / "study.json", study))
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +16,10 @@ import torch
 from torch import nn
 
 from at_extensions import create_model
+from at_extensions.memory import keep_freed_memory
 from at_extensions.methods import PGDAT
 from at_extensions.optim import DEAT
+from measuring import machine, seconds
 
 GOAL = 1.3  # times the step of SGD with momentum
 RESULT = Path(__file__).parent / "results" / "deat_cost.json"
@@ -46,17 +45,6 @@ def parameters(device: torch.device, seed: int) -> list[nn.Parameter]:
     for p in params:
         p.grad = torch.randn_like(p).mul_(0.01)
     return params
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time ``work`` until the device has finished it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -118,26 +106,6 @@ def training_step(device: torch.device, batch_size: int, rounds: int, seed: int)
     }
 
 
-def machine(device: torch.device) -> dict:
-    """Describe what the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100, help="steps of each optimiser")
@@ -149,6 +117,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images in a PGD-10 step")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +22,9 @@ from torch import nn
 
 from at_extensions import create_model
 from at_extensions.data import long_tail_counts
+from at_extensions.memory import keep_freed_memory
 from at_extensions.methods import PGDAT, REAT, BalancedSoftmaxAT, Method
+from measuring import machine, seconds
 
 GOAL = 1.03  # times the step of PGD-AT
 RESULTS = Path(__file__).parent / "results"
@@ -67,17 +66,6 @@ def training_step(method: str, network: str, precision: str, args: argparse.Name
     return step
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time ``work`` until the device has finished it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def compare(network: str, precision: str, args: argparse.Namespace) -> dict:
     """Time every method once a round, after two steps each to warm up."""
     steps = {method: training_step(method, network, precision, args) for method in METHODS}
@@ -97,26 +85,6 @@ def compare(network: str, precision: str, args: argparse.Namespace) -> dict:
     }
 
 
-def machine(device: torch.device) -> dict:
-    """Describe what the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="names of create_model; NAME:WIDTH narrows one")
@@ -131,6 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="results/reat_cost_DEVICE.json by default")
     args = parser.parse_args()
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -11,9 +11,9 @@ as the trainer runs it, is in channels_last. torchattacks and ART run as their d
 within a round; ratios are medians over rounds of the ratio within a round. Peak memory is what the steps add to the
 memory of the network and batch.
 
-On a CPU with glibc, big tensors that are freed go back to the system and are faulted in anew, up to a third of a step
-and differently from process to process. MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 in the
-environment keeps them, for every column alike; what is set is noted in the results.
+On a CPU, every column runs as the commands of this package do, with freed memory kept in the process
+(``keep_freed_memory``); by default glibc's malloc gives it back and faults it in anew in every step.
+--default-allocator measures that.
 """
 
 from __future__ import annotations
@@ -22,14 +22,10 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -38,7 +34,9 @@ from torch.nn import functional as F
 
 from at_extensions import create_model
 from at_extensions.data import ImageSplit, make_loader
+from at_extensions.memory import keep_freed_memory
 from at_extensions.methods import PGDAT
+from measuring import load, machine, seconds
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("cifar_resnet18", "cifar_resnet18:16", "preact_resnet18", "wide_resnet_16_2", "small_cnn")
@@ -185,17 +183,6 @@ MAKERS: dict[str, Callable[[Setting], Step]] = {
 }
 
 
-def seconds(step: Step, device: torch.device) -> float:
-    """Time a step until the device has finished it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 class Worker:
     """A column in a process of its own, so that no column works on memory that another one has left in pieces."""
 
@@ -220,9 +207,11 @@ class Worker:
         self.process.wait()
 
 
-def work(setting: Setting, column: str) -> None:
+def work(setting: Setting, column: str, *, default_allocator: bool) -> None:
     """Be the process that a worker talks to."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
+    if not default_allocator:
+        keep_freed_memory()
     step = MAKERS[column](setting)
     before, _ = memory(setting.device)
     for question in sys.stdin:
@@ -289,28 +278,6 @@ def summary(times: dict[str, list[float]], peaks: dict[str, int], loading: float
     }
 
 
-def machine(device: torch.device) -> dict:
-    """Describe what the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = ("torch", "torchattacks", "adversarial-robustness-toolbox", "robustbench", "timm", "numpy")
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "allocator": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "LD_PRELOAD"))},
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), platform.processor())
-
-
 def columns_of(setting: Setting, args: argparse.Namespace) -> list[str]:
     """Return the columns that mean something here: autocast in bf16 alone, ART on the networks asked for."""
     left_out = set()
@@ -329,12 +296,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--art", nargs="*", default=("small_cnn", "cifar_resnet18:16"), help="networks that ART trains")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
+    parser.add_argument("--default-allocator", action="store_true", help="let malloc give freed memory back")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="steps of PGD")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="results/training_step_DEVICE.json by default")
+    parser.add_argument(
+        "--output", type=Path, help="folder of a JSON a network; results/training_step_DEVICE by default"
+    )
     parser.add_argument("--worker", nargs=3, metavar=("NETWORK", "PRECISION", "COLUMN"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -346,29 +316,28 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.worker:
         network, precision, column = args.worker
-        work(Setting(network, precision, args), column)
+        work(Setting(network, precision, args), column, default_allocator=args.default_allocator)
         return
 
     device = torch.device(args.device)
-    result = {
-        "what": f"one PGD-{args.steps} training step, {args.batch_size} images of {args.image_size} x "
-        f"{args.image_size}, {args.rounds} interleaved rounds",
-        "machine": machine(device),
-        "seed": args.seed,
-        "loading_seconds_per_batch": round(batch_loading(args), 5),
-        "networks": {},
-    }
+    loading = batch_loading(args)
     for network in args.networks:
+        result = {
+            "what": f"one PGD-{args.steps} training step of {network}, {args.batch_size} images of {args.image_size} x "
+            f"{args.image_size}, {args.rounds} interleaved rounds",
+            "machine": machine(device, "adversarial-robustness-toolbox", "numpy"),
+            "seed": args.seed,
+            "freed_memory_kept": not args.default_allocator,
+            "loading_seconds_per_batch": round(loading, 5),
+        }
         for precision in args.precisions:
             setting = Setting(network, precision, args)
-            columns = columns_of(setting, args)
-            found = summary(*compare(setting, columns, argv, args.rounds), result["loading_seconds_per_batch"])
-            result["networks"].setdefault(network, {})[precision] = found
-            print(f"{network} {precision}: {json.dumps(found['ratios'])}", flush=True)
-    result["machine"]["load_after"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    output = args.output or RESULTS / f"training_step_{device.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+            result[precision] = summary(*compare(setting, columns_of(setting, args), argv, args.rounds), loading)
+            print(f"{network} {precision}: {json.dumps(result[precision]['ratios'])}", flush=True)
+        result["machine"]["load_after"] = load()
+        folder = args.output or RESULTS / f"training_step_{device.type}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{network.replace(':', '_')}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,10 +77,36 @@ def test_an_unknown_option_is_refused(tmp_path, capsys):
     assert "bach_size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "publish", "verify", "leaderboard", "demo"])
+def test_a_report_of_every_run_in_a_folder(run, capsys):
+    assert main(["report", str(run.parent), "--title", "Both"]) == 0
+    assert f"report: {run.parent / 'report.html'}" in capsys.readouterr().out
+    page = (run.parent / "report.html").read_text()
+    assert "<h1>Both</h1>" in page
+    assert "quick" in page
+    assert main(["report", str(run.parent / "nowhere")]) == 1
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_criticality_of_two_models_in_one_call(run, tmp_path, capsys):
+    weights = run / "checkpoints" / "last.safetensors"
+    arguments = ["--model", json.dumps([str(run), str(weights)]), "--checkpoint", "[null, null]", "--data", "digits"]
+    arguments += ["--n-images", "20", "--trials", "2", "--out", str(tmp_path), "--progress=false"]
+    assert main(["analyze", "criticality", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "criticality_heatmap.png" in printed
+    assert json.loads((tmp_path / "criticality.json").read_text()).keys() == {"quick", "last"}
+    assert main(["analyze", "criticality", "--model", str(run), "--data", "digits", "--reset", "randm"]) == 1
+    assert "did you mean 'random'" in capsys.readouterr().err
+
+
+COMMANDS = [["train"], ["evaluate"], ["report"], ["publish"], ["verify"], ["leaderboard"], ["demo"],
+            ["analyze", "criticality"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_explains_every_option(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     options = [line for line in text.splitlines() if line.startswith("  --")]

@@ -14,7 +14,7 @@ LATE = ["timm", "robustbench", "matplotlib", "sklearn", "pyautoattack", "autoatt
 HEAVY = ["torch", "torchattacks", "scipy", *LATE]
 FLOORS = [
     ["checks", "optim"],
-    ["runs", "upstream"],
+    ["memory", "runs", "upstream"],
     ["attacks", "data", "models", "folding"],
     ["analysis", "evaluation"],
     ["methods"],

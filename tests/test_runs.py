@@ -17,7 +17,7 @@ from torch import nn
 
 from at_extensions import models, runs
 from at_extensions.models import create_model
-from at_extensions.runs import RunDirectory
+from at_extensions.runs import RunDirectory, find_runs
 
 # A process that imports once, then at each line it reads starts a child that writes two files over and over.
 WRITERS = """
@@ -345,3 +345,18 @@ def test_versions_are_those_that_are_installed():
     assert found["python"] == sys.version.split()[0]
     assert {"at-extensions", "torchattacks", "timm", "robustbench", "pyautoattack"} <= found.keys()
     json.dumps(found)
+
+
+def test_runs_are_found_at_any_depth(tmp_path):
+    for name in ("b", "a/inner"):
+        run = RunDirectory(tmp_path / name)
+        run.write_config({})
+        run.write_metrics([{"epoch": 1}])
+    (tmp_path / "no_run").mkdir()
+    (tmp_path / "no_run" / "config.yaml").write_text("{}")
+    assert [run.path for run in find_runs(tmp_path)] == [tmp_path / "a" / "inner", tmp_path / "b"]
+    assert [run.path for run in find_runs(tmp_path / "b")] == [tmp_path / "b"]
+    with pytest.raises(FileNotFoundError, match="holds no run directory"):
+        find_runs(tmp_path / "no_run")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find_runs(tmp_path / "nowhere")

@@ -5,5 +5,15 @@ from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.flags import Flag
 from at_extensions.evaluation.report import Examples, RobustnessReport
 from at_extensions.evaluation.run import evaluate_run
+from at_extensions.evaluation.state import state_digest
 
-__all__ = ["Examples", "Flag", "RobustnessReport", "accuracy", "count_correct", "evaluate", "evaluate_run"]
+__all__ = [
+    "Examples",
+    "Flag",
+    "RobustnessReport",
+    "accuracy",
+    "count_correct",
+    "evaluate",
+    "evaluate_run",
+    "state_digest",
+]

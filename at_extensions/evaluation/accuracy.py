@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from at_extensions.attacks import RandomStream, attacking, check_attack, perturb
-from at_extensions.checks import check_count, check_logits, check_model, device_of
+from at_extensions.checks import check_count, check_logits, check_model, check_name, device_of
 from at_extensions.evaluation.isolation import random_state_kept
 from at_extensions.evaluation.samples import Samples
+from at_extensions.evaluation.searching import PRECISIONS, search_model
 
 
 def accuracy(
@@ -23,6 +24,7 @@ def accuracy(
     attack: Attack | None = None,
     batch_size: int = 250,
     seed: int = 0,
+    search: str | None = None,
 ) -> float:
     """Return the share of samples that the model, in eval mode, classifies rightly, as they are or under an attack.
 
@@ -36,12 +38,14 @@ def accuracy(
         attack: A torchattacks attack on this model; None measures clean accuracy.
         batch_size: Samples a batch, where ``data`` does not come in batches.
         seed: Of the attack's random draws: the same call gives the same number.
+        search: ``"fp32"`` or ``"bf16"``: the attack searches in that precision on the model with its BatchNorm folded,
+            which is faster; what it finds is judged by the model as it is. None searches on the model as it is, too.
 
     Raises:
         TypeError: Arguments of the wrong type.
         ValueError: Images or labels out of range, an attack on another model, no samples.
     """
-    right, total, foreign = _count(model, data, labels, attack, batch_size, seed).tolist()
+    right, total, foreign = _count(model, data, labels, attack, batch_size, seed, search).tolist()
     if total == 0:
         raise ValueError("the data holds no samples")
     if foreign:
@@ -57,20 +61,28 @@ def count_correct(
     attack: Attack | None = None,
     batch_size: int = 250,
     seed: int = 0,
+    search: str | None = None,
 ) -> Tensor:
     """Return how many samples are classified rightly, and how many there are, as a tensor (2,) on the model's device.
 
     Arguments as in ``accuracy``. Nothing waits for the device, and the counts of several processes can be added up.
     """
-    return _count(model, data, labels, attack, batch_size, seed)[:2]
+    return _count(model, data, labels, attack, batch_size, seed, search)[:2]
 
 
 def count_correct_by_class(
-    model: nn.Module, data: Any, num_classes: int, *, attack: Attack | None = None, batch_size: int = 250, seed: int = 0
+    model: nn.Module,
+    data: Any,
+    num_classes: int,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    search: str | None = None,
 ) -> Tensor:
     """Return ``count_correct`` of each class, as a tensor (num_classes, 2) on the model's device."""
     counts = torch.zeros(num_classes, 2, dtype=torch.long, device=device_of(check_model(model)))
-    _judge(model, data, None, attack, batch_size, seed, lambda logits, y: add_by_class(counts, logits, y))
+    _judge(model, data, None, attack, batch_size, seed, search, lambda logits, y: add_by_class(counts, logits, y))
     return counts
 
 
@@ -81,7 +93,13 @@ def add_by_class(counts: Tensor, logits: Tensor, y: Tensor) -> None:
 
 
 def _count(
-    model: nn.Module, data: Any, labels: Tensor | None, attack: Attack | None, batch_size: int, seed: int
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None,
+    attack: Attack | None,
+    batch_size: int,
+    seed: int,
+    search: str | None,
 ) -> Tensor:
     """Samples classified rightly, samples, and labels that the model has no logit for (3,)."""
     counts = torch.zeros(3, dtype=torch.long, device=device_of(check_model(model)))
@@ -91,7 +109,7 @@ def _count(
         counts[1] += len(y)
         counts[2] += ((y < 0) | (y >= logits.shape[1])).sum()
 
-    _judge(model, data, labels, attack, batch_size, seed, judge)
+    _judge(model, data, labels, attack, batch_size, seed, search, judge)
     return counts
 
 
@@ -102,19 +120,24 @@ def _judge(
     attack: Attack | None,
     batch_size: int,
     seed: int,
+    search: str | None,
     judge: Callable[[Tensor, Tensor], None],
 ) -> None:
     """Call ``judge`` with the logits and labels of each batch, as it is or attacked."""
     device = device_of(model)
     check_count("batch_size", batch_size)
+    if search is not None:
+        check_name("search", search, PRECISIONS)
     if attack is not None:
         check_attack(attack, model)
-    stream = RandomStream(seed)
+    stream, searched = RandomStream(seed), None
     with random_state_kept(), attacking(model), torch.no_grad():
         for x, y in _batches(data, labels, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if attack is not None:
-                x = perturb(attack, x, y, stream=stream)
+                if search is not None and searched is None and not attack._attacks:  # those inside have models too
+                    searched = search_model(model, x, search)
+                x = perturb(attack, x, y, stream=stream, twin=searched)
             judge(check_logits(model(x), len(x)), y)
 
 

@@ -22,7 +22,7 @@ from at_extensions.evaluation.report import Examples, RobustnessReport, summary
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.searching import PRECISIONS, search_model
 from at_extensions.evaluation.sharding import Ranks, sharing
-from at_extensions.evaluation.state import Batch, Store, weights_digest
+from at_extensions.evaluation.state import Batch, Store, state_digest, weights_digest
 from at_extensions.evaluation.suite import (
     ATTACKS,
     VERSIONS,
@@ -137,6 +137,7 @@ def evaluate(
         batch_size=batch_size,
         seconds=clean.seconds + sum(verdicts.seconds.values()),
         attack_seconds=verdicts.seconds,
+        weights=state_digest(model),
         indices=None if samples.all else samples.indices.tolist(),
         examples=examples,
     )

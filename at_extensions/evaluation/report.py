@@ -72,6 +72,8 @@ class RobustnessReport:
         attack_seconds: The same for each attack.
         indices: Places in the data of the samples, where a subset was drawn.
         groups: Accuracy by frequency in training, ``head``, ``medium`` and ``tail``: dicts of ``clean`` and ``robust``.
+        weights: SHA-256 of the model's state dict (``evaluation.state_digest``); None in a report that an earlier
+            version wrote.
         examples: A few broken samples; not part of ``to_dict``.
     """
 
@@ -98,6 +100,7 @@ class RobustnessReport:
     attack_seconds: dict[str, float]
     indices: list[int] | None = None
     groups: dict[str, dict[str, float | None]] | None = None
+    weights: str | None = None
     examples: Examples | None = field(default=None)
 
     @property
@@ -122,10 +125,10 @@ class RobustnessReport:
             ValueError: Something is missing or unknown.
         """
         names = {f.name for f in fields(cls)} - {"examples"}
-        missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names - {"reliable"})
+        missing, unknown = sorted(names - values.keys() - {"weights"}), sorted(values.keys() - names - {"reliable"})
         if missing or unknown:
             raise ValueError(f"not a robustness report: missing {missing}, unknown {unknown}")
-        values = {name: values[name] for name in names}
+        values = {name: values.get(name) for name in names}
         for name in ("clean", "robust"):
             values[name] = torch.tensor(values[name], dtype=torch.bool)
         values["interval"] = tuple(values["interval"])

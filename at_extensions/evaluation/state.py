@@ -124,7 +124,13 @@ def weights_digest(model: Callable) -> str:
     """Return a hash of a module's architecture and state; of anything else that can be called, of its type."""
     if not isinstance(model, nn.Module):
         return f"{type(model).__module__}.{type(model).__qualname__}"
-    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(model)).encode())  # without addresses of functions
+    architecture = re.sub(r"0x[0-9a-f]+", "", repr(model))  # without addresses of functions
+    return hashlib.sha256((architecture + state_digest(model)).encode()).hexdigest()
+
+
+def state_digest(model: nn.Module) -> str:
+    """Return a hash of a module's state dict: names, types, shapes and values, wherever they lie in memory."""
+    digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if isinstance(value, Tensor):

@@ -17,6 +17,7 @@ from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_eps, parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.publishing import criticality_plots as plots
+from at_extensions.publishing.plots import save_png
 from at_extensions.runs import write_json, write_text
 
 _COLUMNS = ("model", "layer", "stage", "criticality", "std", "low", "high", "trials", "accuracy_after", "settled")
@@ -25,7 +26,7 @@ _COLUMNS = ("model", "layer", "stage", "criticality", "std", "low", "high", "tri
 def analyze_criticality(
     *,
     model: str | list[str],
-    checkpoint: str | list[str] | None = None,
+    checkpoint: str | list[str | None] | None = None,
     data: str = "cifar10",
     root: str | None = None,
     image_size: int | None = None,
@@ -54,7 +55,7 @@ def analyze_criticality(
         data: Data set, as for training.
         root: Folder that holds the data set, in torchvision's layout.
         image_size: Side in pixels of the images of a folder.
-        n_images: Test images to measure on, as evenly over the classes as they allow.
+        n_images: Test images to measure on at most, as evenly over the classes as they allow.
         out: Folder to write into.
         trials: Resets of each layer.
         reset: random, norm_matched, permute or zero.
@@ -83,7 +84,8 @@ def analyze_criticality(
     eps = None if attack_eps is None else check_eps(parse_fraction(attack_eps), name="attack_eps")
     check_count("attack_steps", attack_steps)
     splits = load_dataset(data, root=root, val_fraction=0.0, image_size=image_size)
-    images, labels = splits.test.subset(check_count("n_images", n_images), seed=0).tensors()
+    n_images = min(check_count("n_images", n_images), len(splits.test))
+    images, labels = splits.test.subset(n_images, seed=0).tensors()
     results = {}
     for label, name, weights in zip(_labels(models, checkpoints), models, checkpoints):
         network, fresh = open_model(
@@ -135,7 +137,7 @@ def write_criticality(results: Mapping[str, LayerCriticality], out: str | Path) 
         write_json(out / "criticality.json", {name: result.to_dict() for name, result in results.items()}),
         write_text(out / "criticality.csv", _table(results)),
     ]
-    return written + [plots.save_png(f, out / f"criticality_{name}.png") for name, f in figures.items()]
+    return written + [save_png(f, out / f"criticality_{name}.png") for name, f in figures.items()]
 
 
 def read_criticality(path: str | Path) -> dict[str, LayerCriticality]:
@@ -181,7 +183,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name)
 
 
-def _per_model(checkpoint: str | Sequence[str] | None, count: int) -> list[str | None]:
+def _per_model(checkpoint: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     if checkpoint is None:
         return [None] * count
     given = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from at_extensions.analysis import LayerCriticality
 from at_extensions.publishing.plots import _FAINT, _INK, HUES, _figure, _hue, _shorten, _styled
-from at_extensions.runs import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,13 +165,6 @@ def eps_curves(results: Results, eps: Mapping[str, float]) -> Figure:
 
 
 @_styled
-def save_png(figure: Figure, path: str | Path, dpi: int = 144) -> Path:
-    """Write a figure on white, atomically, and return its path."""
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
-    return Path(path)
-
-
 def _check(results: Results) -> str:
     """Return the unit of what was measured."""
     kinds = {result.divergence for result in results.values()}

@@ -1,4 +1,4 @@
-"""Figures of a run: training curves, accuracies, accuracy after each attack and by class, adversarial examples.
+"""Figures of runs: training curves, sweeps, accuracies, accuracy after each attack and by class, adversarial examples.
 
 Each function returns a ``matplotlib.figure.Figure`` made without pyplot; ``to_svg`` and ``to_png`` turn one into text
 for a page. The user's rcParams are neither read nor changed, nor is their backend.
@@ -11,9 +11,13 @@ import functools
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from at_extensions.publishing.sweeps import SweepPoint, by_series
+from at_extensions.runs import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,6 +159,42 @@ def accuracy_bars(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.grid(axis="y", visible=False)
     _percent_axis(axes.xaxis)
     _key(figure, {"clean accuracy": HUES[5], "robust accuracy (AutoAttack), with 95 % interval": HUES[0]})
+    return figure
+
+
+@_styled
+def sweep(points: Sequence[SweepPoint], accuracy: str = "robust accuracy") -> Figure:
+    """Draw robust accuracy against lr / batch size, nominal and effective: one hue an optimiser.
+
+    Full markers are held-out data, joined through the mean at each ratio; open ones are training data as attacked.
+
+    Args:
+        points: The runs.
+        accuracy: What the axis says.
+    """
+    from matplotlib.lines import Line2D
+
+    figure = _figure(3.9)
+    panels = figure.subplots(1, 2, sharey=True)
+    series = by_series(points)
+    for i, group in enumerate(series.values()):
+        for axes, key in zip(panels, ("ratio", "effective_ratio")):
+            xs = [getattr(p, key) for p in group]
+            axes.plot(xs, [p.robust for p in group], "o", color=_hue(i), markersize=5)
+            means = {x: [p.robust for p, at in zip(group, xs) if at == x] for x in dict.fromkeys(xs)}
+            axes.plot(list(means), [sum(v) / len(v) for v in means.values()], color=_hue(i), linewidth=1.2)
+            trained = [(x, p.robust_train) for x, p in zip(xs, group) if p.robust_train is not None]
+            axes.plot(*zip(*trained), "o", color=_hue(i), markersize=5, markerfacecolor="none") if trained else None
+    for axes, title in zip(panels, ("Nominal lr / batch size", "Effective lr / batch size")):
+        axes.set(title=title, xscale="log", xlabel="lr / batch size")
+        _percent_axis(axes.yaxis)
+    panels[0].set_ylabel(accuracy)
+    entries = [Line2D([], [], color=_hue(i), marker="o", label=name) for i, name in enumerate(series)]
+    if any(p.robust_train is not None for p in points):
+        entries.append(
+            Line2D([], [], color=_INK, marker="o", linestyle="", markerfacecolor="none", label="on training data")
+        )
+    figure.legend(handles=entries, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -330,3 +370,11 @@ def to_png(figure: Figure, dpi: int = 144) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@_styled
+def save_png(figure: Figure, path: str | Path, dpi: int = 144) -> Path:
+    """Write a figure on white, atomically, and return its path."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
+    return Path(path)

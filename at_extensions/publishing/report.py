@@ -12,6 +12,7 @@ from at_extensions.publishing import plots
 from at_extensions.publishing.commands import evaluate_command, train_command
 from at_extensions.publishing.model_info import eps_fraction
 from at_extensions.publishing.pages import compact_yaml, render
+from at_extensions.publishing.sweeps import SweepPoint, is_sweep, rank_correlations, sweep_point
 from at_extensions.runs import RunDirectory, write_text
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def write_report(
         if not Path(run.path).is_dir():
             raise FileNotFoundError(f"no run directory {run.path}; train first: at-extensions train {run.path}")
     pages = _read(runs)
+    points = _sweep(pages)
     evaluated = {p.label: p.evaluation for p in pages if p.evaluation is not None}
     page = render(
         "report.html",
@@ -99,7 +101,9 @@ def write_report(
         written=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         runs=pages,
         headline=_headline(evaluated),
-        figures=_figures(pages, evaluated, class_names),
+        figures=_figures(pages, evaluated, points, class_names),
+        correlations=rank_correlations(points),
+        sweep_accuracy=_sweep_accuracy(pages)[0],
         triples=_triples(pages, class_names),
         command=command or "\n".join(_commands(pages)),
         attacks=plots.attacks_of({label: e for label, e in evaluated.items() if e.get("after_attack")}),
@@ -146,7 +150,37 @@ def _headline(evaluated: Mapping[str, Mapping[str, Any]]) -> str:
     return f"Under AutoAttack ({_threat(evaluated[ranked[0]])}), {listed} of the test images right."
 
 
-def _figures(pages: Sequence[_Run], evaluated: Mapping[str, Any], class_names: Sequence[str] | None) -> dict[str, str]:
+def _sweep(pages: Sequence[_Run]) -> list[SweepPoint]:
+    """The runs as points of a sweep over lr / batch size; none if they are not one."""
+    _, accuracies = _sweep_accuracy(pages)
+    points = [
+        sweep_point(page.label, page.config.get("training") or {}, robust, _last(page.history, "train_accuracy"))
+        for page, robust in zip(pages, accuracies)
+        if robust is not None
+    ]
+    found = [point for point in points if point is not None]
+    return found if is_sweep(found) else []
+
+
+def _sweep_accuracy(pages: Sequence[_Run]) -> tuple[str, list[float | None]]:
+    """What all runs can be compared by, and its value for each: AutoAttack if all met the same, or validation."""
+    attacked = [page.evaluation for page in pages if page.evaluation is not None]
+    if len(attacked) == len(pages) and len({(_threat(e), e["n_examples"]) for e in attacked}) == 1:
+        return "robust accuracy (AutoAttack)", [e["robust_accuracy"] for e in attacked]
+    return "robust accuracy (validation, last epoch)", [_last(p.history, "val_robust_accuracy") for p in pages]
+
+
+def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """What the last epoch measured."""
+    return history[-1].get(key) if history else None
+
+
+def _figures(
+    pages: Sequence[_Run],
+    evaluated: Mapping[str, Any],
+    points: Sequence[SweepPoint],
+    class_names: Sequence[str] | None,
+) -> dict[str, str]:
     """SVG by section, for those that have something to show."""
     drawn: dict[str, tuple[Figure, str]] = {}
     histories = {p.label: p.history for p in pages if p.history}
@@ -154,6 +188,9 @@ def _figures(pages: Sequence[_Run], evaluated: Mapping[str, Any], class_names: S
     by_class = {label: e for label, e in evaluated.items() if e.get("per_class")}
     if histories:
         drawn["curves"] = plots.training_curves(histories), "Training curves: accuracy and loss by epoch"
+    if points:
+        figure = plots.sweep(points, _sweep_accuracy(pages)[0])
+        drawn["sweep"] = figure, "Robust accuracy against learning rate over batch size, nominal and effective"
     if evaluated:
         drawn["bars"] = plots.accuracy_bars(evaluated), "Clean and robust accuracy of each run"
     if attacked:

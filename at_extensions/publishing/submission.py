@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import parse_fraction
-from at_extensions.evaluation import RobustnessReport
+from at_extensions.evaluation import RobustnessReport, state_digest
+from at_extensions.models import load_model
 from at_extensions.publishing.model_info import Paper, eps_fraction, model_info, write_model_info
 from at_extensions.publishing.pages import compact_yaml, render
 from at_extensions.publishing.standalone import sources
@@ -152,6 +153,8 @@ def _read(run: RunDirectory, paper: Paper, model_id: str, dataset: str | None, a
     report, recipe = RobustnessReport.load(evaluation), read_recipe(weights)
     if recipe is None:
         raise ValueError(f"{weights} names no recipe; publish models that create_model made")
+    if report.weights not in (None, state_digest(load_model(weights))):
+        raise ValueError(f"{evaluation} is about other weights than {weights}; evaluate the run again")
     if wrong := contradictions(report):
         raise ValueError(f"{evaluation} contradicts itself: {'; '.join(wrong)}; evaluate the run again")
     dataset = check_dataset(dataset or _dataset_of(config))

@@ -1,7 +1,18 @@
 """The one training loop, and the optimisers and schedules it is usually given."""
 
+from at_extensions.training.presets import list_presets, preset
 from at_extensions.training.run import train
 from at_extensions.training.schedule import OPTIMIZERS, SCHEDULES, create_optimizer, create_scheduler
 from at_extensions.training.trainer import History, Trainer
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "History", "Trainer", "create_optimizer", "create_scheduler", "train"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "History",
+    "Trainer",
+    "create_optimizer",
+    "create_scheduler",
+    "list_presets",
+    "preset",
+    "train",
+]

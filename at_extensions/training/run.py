@@ -64,8 +64,9 @@ def train(
 ) -> RunDirectory:
     """Train a classifier adversarially and keep everything about it in a run directory.
 
-    Started again with the same settings, an interrupted run goes on where it was. Under ``torchrun`` the batch is
-    shared out over the processes.
+    Started again with the same settings, an interrupted run goes on where it was. Under torchrun the batch is shared
+    out over the processes. The recipe of a paper is a preset: --preset deat after the command, or preset("deat") in
+    Python; what is given beside it wins.
 
     Args:
         out: The run directory.

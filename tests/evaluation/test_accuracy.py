@@ -96,3 +96,33 @@ def test_bad_input(net, make_images):
         accuracy(model, x, y, attack=torchattacks.FGSM(net()))
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         accuracy(lambda images: images, x, y)
+
+
+@pytest.mark.parametrize("search", ["fp32", "bf16"])
+def test_a_faster_search_is_judged_by_the_model_itself(net, make_images, label, untouched, search):
+    model, x = net(), make_images(40)
+    y = label(model, x, wrong=4)
+    attack = PGD(model, eps=0.03, alpha=0.01, steps=5)
+    seen, forward = [], attack.forward
+
+    def search_and_note(images, labels):
+        seen.append((attack.model, forward(images, labels), labels))
+        return seen[-1][1]
+
+    attack.forward = search_and_note
+    with untouched(model):
+        right, total = count_correct(model, x, y, attack=attack, batch_size=16, search=search).tolist()
+    assert attack.model is model
+    assert all(searched is not model for searched, _, _ in seen)
+    assert seen[0][0] is seen[-1][0]  # built once
+    model.eval()
+    assert right == sum(int((model(adversarial).argmax(1) == labels).sum()) for _, adversarial, labels in seen)
+    plain = accuracy(model, x, y, attack=PGD(model, eps=0.03, alpha=0.01, steps=5), batch_size=16)
+    assert abs(right / total - plain) <= 0.05  # the same attack but for rounding
+    assert plain < 36 / 40
+
+
+def test_an_unknown_search_is_refused(net, make_images, label):
+    model, x = net(), make_images(4)
+    with pytest.raises(ValueError, match="did you mean 'bf16'"):
+        accuracy(model, x, label(model, x), attack=PGD(model), search="bf61")

@@ -10,6 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from at_extensions.evaluation import state_digest
+from at_extensions.models import load_model
 from at_extensions.publishing import Paper, check_model_info, publish
 from at_extensions.publishing.submission import public_config, written_name
 
@@ -176,6 +178,15 @@ def test_an_old_result_is_refused(make_trained, paper, tmp_path):
     os.utime(run.weights(), ns=(now, now + 10**9))
     with pytest.raises(ValueError, match=r"older than .* evaluate the run again"):
         publish(run, paper, ID, tmp_path / "out")
+
+
+def test_a_result_of_other_weights_is_refused(make_trained, paper, tmp_path):
+    run = make_trained(report=make_trained.evaluation(n=10_000, weights="0" * 64))
+    with pytest.raises(ValueError, match=r"about other weights than .* evaluate the run again"):
+        publish(run, paper, ID, tmp_path / "out")
+    own = state_digest(load_model(run.weights()))
+    run.write_evaluation(make_trained.evaluation(n=10_000, weights=own))
+    assert json.loads((publish(run, paper, ID, tmp_path / "out") / "evaluation.json").read_text())["weights"] == own
 
 
 @pytest.mark.parametrize(

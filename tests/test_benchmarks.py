@@ -1,0 +1,72 @@
+"""The benchmark programs: that each loads, and that the studies ask for what exists."""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+from at_extensions.training import train
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in PROGRAMS:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_loads_and_says_what_it_does(name):
+    module = importlib.import_module(name)
+    assert len(module.__doc__) > 40
+    assert name == "measuring" or callable(module.main)
+
+
+def test_a_program_hides_no_installed_module():
+    import at_extensions  # noqa: F401  # serves autoattack
+
+    sys.path.remove(str(FOLDER))
+    assert [name for name in PROGRAMS if importlib.util.find_spec(name) is not None] == []
+
+
+def test_studies_name_settings_arms_and_pairs_that_exist():
+    reproduce = importlib.import_module("reproduce")
+    settings = set(inspect.signature(train).parameters)
+    for study in reproduce.STUDIES.values():
+        arms = study.arms | study.ablations
+        for scale in ("cpu", "gpu"):
+            for arm in arms.values():
+                assert set(study.common[scale] | arm.options) <= settings
+        for pair in study.pairs:
+            assert set(pair) <= arms.keys()
+            assert pair[0] != pair[1]
+
+
+def test_deat_is_compared_at_equal_nominal_and_at_equal_effective_rates():
+    import torch
+
+    from at_extensions.analysis.diffusion import effective_lr
+    from at_extensions.training import create_optimizer
+
+    reproduce = importlib.import_module("reproduce")
+    study = reproduce.STUDIES["deat"]
+    weights = torch.nn.Linear(1, 1)
+
+    def rates(arm):
+        options = study.arms[arm].options
+        return options["lr"], effective_lr(create_optimizer(weights, options["optimizer"], lr=options["lr"],
+                                                            momentum=options.get("momentum", 0.9)))  # fmt: skip
+
+    equal = {"nominal": 0, "effective": 0}
+    for arm, reference in study.pairs:
+        (lr, effective), (other_lr, other_effective) = rates(arm), rates(reference)
+        same = {"nominal": lr == pytest.approx(other_lr), "effective": effective == pytest.approx(other_effective)}
+        assert sum(same.values()) == 1
+        equal = {name: equal[name] + same[name] for name in equal}
+    assert equal == {"nominal": 4, "effective": 4}

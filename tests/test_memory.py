@@ -1,0 +1,58 @@
+"""Freed memory that stays in the process: fewer page faults, and a user's own settings are respected."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+GLIBC = platform.libc_ver()[0] == "glibc"
+FAULTS = """
+import resource, torch
+from at_extensions import keep_freed_memory
+{call}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.full((16 * 2**20,), 1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def python(code, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not GLIBC, reason="malloc is not glibc's")
+def test_a_second_step_faults_in_no_page_anew():
+    kept = int(python(FAULTS.format(call="assert keep_freed_memory()")))
+    given_back = int(python(FAULTS.format(call="")))
+    assert kept < 100
+    assert given_back > 10 * max(kept, 1)  # 64 MB in pages of 4 kB, or of 2 MB where the system has huge ones
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])
+def test_a_user_who_chose_is_left_alone(name):
+    value = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2", "LD_PRELOAD": ""}.get(name, "2")
+    code = "from at_extensions import keep_freed_memory; print(keep_freed_memory())"
+    assert python(code, **{name: value}) == "False"
+    assert python(code) == str(GLIBC)
+
+
+def test_elsewhere_nothing_is_done(monkeypatch):
+    from at_extensions import memory
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert memory.keep_freed_memory() is False

@@ -1,0 +1,49 @@
+"""Presets: the recipes of papers, as settings that ``train`` takes."""
+
+import inspect
+
+import pytest
+
+from at_extensions.cli import main
+from at_extensions.runs import RunDirectory
+from at_extensions.training import list_presets, preset, train
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_a_preset_names_settings_of_train(name):
+    assert set(preset(name)) <= set(inspect.signature(train).parameters) - {"out"}
+
+
+def test_deat_is_the_papers_recipe():
+    recipe = preset("deat")
+    assert recipe["method"] == "pgd"
+    assert recipe["optimizer"] == "deat"
+    assert [recipe[key] for key in ("model", "batch_size", "weight_decay", "epochs", "milestones")] == [
+        "preact_resnet18", 128, 5e-4, 110, [100, 105],
+    ]  # fmt: skip
+    assert [recipe[key] for key in ("eps", "alpha", "steps", "lr")] == ["8/255", "2/255", 10, 0.1]
+
+
+def test_an_unknown_preset_is_named_with_the_nearest(capsys):
+    with pytest.raises(ValueError, match="did you mean 'deat'"):
+        preset("daet")
+    assert main(["train", "somewhere", "--preset", "daet"]) == 1
+    assert "did you mean 'deat'" in capsys.readouterr().err
+    assert main(["train", "somewhere", "--preset"]) == 1
+
+
+SMALL = ["--data", "digits", "--model", "small_cnn", "--model-options", '{"width": 4}', "--steps", "1", "--epochs=1",
+         "--augment", "crop", "--milestones", "[1]", "--train-size", "200"]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [["--preset", "deat"], ["--preset=deat"]])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_given_beside_a_preset_wins(tmp_path, given, last):
+    rest = [str(tmp_path / "run"), *SMALL]
+    assert main(["train", *rest, *given] if last else ["train", *given, *rest]) == 0
+    config = RunDirectory(tmp_path / "run").config()
+    assert config["training"]["optimizer"] == "deat"
+    assert config["training"]["schedule"] == "step"
+    assert config["training"]["epochs"] == 1
+    assert config["data"]["name"] == "digits"
+    assert config["method"]["steps"] == 1
