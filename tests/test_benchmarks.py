@@ -59,7 +59,7 @@ def test_deat_is_compared_at_equal_nominal_and_at_equal_effective_rates():
     weights = torch.nn.Linear(1, 1)
 
     def rates(arm):
-        options = study.arms[arm].options
+        options = (study.arms | study.ablations)[arm].options
         return options["lr"], effective_lr(create_optimizer(weights, options["optimizer"], lr=options["lr"],
                                                             momentum=options.get("momentum", 0.9)))  # fmt: skip
 
