@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +44,14 @@ class RankCorrelation:
     Attributes:
         series: The optimiser, or ``"all runs"``.
         runs: How many runs.
-        nominal: With the nominal ratio; NaN where it has one value only.
+        nominal: With the nominal ratio; None where that or the accuracy has one value only.
         effective: With the effective ratio.
     """
 
     series: str
     runs: int
-    nominal: float
-    effective: float
+    nominal: float | None
+    effective: float | None
 
 
 def sweep_point(
@@ -110,9 +109,9 @@ def rank_correlations(points: Sequence[SweepPoint]) -> list[RankCorrelation]:
     ]
 
 
-def _spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
+def _spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     from scipy.stats import spearmanr
 
     if len(set(xs)) < 2 or len(set(ys)) < 2:
-        return math.nan
+        return None
     return float(spearmanr(xs, ys).statistic)

@@ -60,7 +60,7 @@ def test_three_ratios_of_one_optimiser_make_a_sweep():
     assert not is_sweep(sweep("sgd", [0.1, 0.2], [0.5] * 2) + sweep("deat", [0.3], [0.5]))
     assert rank_correlations(sweep("sgd", [0.1, 0.2], [0.1, 0.2])) == []
     (constant,) = rank_correlations(sweep("sgd", [0.1, 0.2, 0.3], [0.5] * 3))
-    assert math.isnan(constant.nominal)
+    assert constant.nominal is None
 
 
 def test_the_figure_shows_every_point_in_both_panels():
@@ -85,3 +85,5 @@ def test_the_report_of_a_sweep_draws_it(make_run, tmp_path, read):
     assert "plain sgd 3 1.00 1.00" in page.text
     page = read(write_report(attacked[:2], tmp_path / "c.html"))
     assert "Rank correlation" not in page.text
+    same = [run(6, 0.1, robust=0.2), run(7, 0.2, robust=0.2), run(8, 0.3, robust=0.2)]
+    assert "plain sgd 3 – –" in read(write_report(same, tmp_path / "d.html")).text
