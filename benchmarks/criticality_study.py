@@ -29,6 +29,7 @@ from at_extensions.analysis import LayerCriticality, layer_criticality
 from at_extensions.analysis._named_models import open_model
 from at_extensions.attacks import PGD
 from at_extensions.data import load_dataset
+from at_extensions.memory import keep_freed_memory
 from at_extensions.publishing import criticality_plots as plots
 from at_extensions.publishing.criticality import write_criticality
 from at_extensions.publishing.plots import save_png
@@ -145,6 +146,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     split = load_dataset(args.data, root=args.root, val_fraction=0.0).test.subset(args.n_images, seed=0)
