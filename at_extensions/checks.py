@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from numbers import Integral, Real
 
@@ -211,6 +211,36 @@ def check_logits(logits: Tensor, batch: int, num_classes: int | None = None) -> 
     if num_classes is not None and logits.shape[1] != num_classes:
         raise ValueError(f"the model has {logits.shape[1]} outputs, the data {num_classes} classes")
     return logits
+
+
+def check_class_counts(class_counts: Sequence[int] | Tensor, num_classes: int | None = None) -> list[int]:
+    """Return class counts as a list, if they are whole numbers of at least 1 for at least two classes.
+
+    Args:
+        class_counts: Training images of each class (K,).
+        num_classes: How many classes the model has, where that is known.
+
+    Raises:
+        TypeError: Not whole numbers.
+        ValueError: A class without images, fewer than two classes, or another number of classes than the model's.
+    """
+    if class_counts is None or isinstance(class_counts, (int, float, str)):
+        raise TypeError(f"class_counts must be the training images of each class, got {class_counts!r}")
+    counts = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
+    if len(counts) < 2:
+        raise ValueError(f"class_counts must have one number a class, at least 2, got {counts}")
+    check_matching(len(counts), len(counts) if num_classes is None else num_classes)
+    return [check_count(f"class_counts[{c}]", n) for c, n in enumerate(counts)]
+
+
+def check_matching(counts: int, classes: int) -> None:
+    """Refuse class counts for another number of classes than the model has.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if counts != classes:
+        raise ValueError(f"got {counts} class_counts for a model of {classes} classes")
 
 
 def looks_like_probabilities(logits: Tensor) -> bool:

@@ -25,13 +25,18 @@ def _commands() -> dict[str, Callable | dict]:
     @wraps(training.train)
     def train(*args, **kwargs):
         run = training.train(*args, **kwargs)
+        if not _speaks():
+            return
         numbers = ((k, v) for k, v in run.metrics()[-1].items() if isinstance(v, (int, float)))
         print("  ".join(f"{key} {value:.4g}" for key, value in numbers))
         print(f"run: {run.path}\nnext: at-extensions evaluate {run.path}")
 
     @wraps(evaluation.evaluate_run)
     def evaluate(run, **kwargs):
-        print(evaluation.evaluate_run(run, **kwargs))
+        result = evaluation.evaluate_run(run, **kwargs)
+        if not _speaks():
+            return
+        print(result)
         print(f"model_info: {publishing.write_run_info(run)}")
         print(f"report: {publishing.write_report([RunDirectory(run)], Path(run) / 'report.html')}")
 
@@ -133,6 +138,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"at-extensions: error: {error}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that prints and writes: the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _underscores(argument: str) -> str:

@@ -24,7 +24,9 @@ _log = logging.getLogger(__name__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def fold_batchnorm(model: nn.Module, *, channels_last: bool | None = None) -> FoldedTwin | None:
+def fold_batchnorm(
+    model: nn.Module, *, channels_last: bool | None = None, only_folded: bool = True
+) -> FoldedTwin | None:
     """Build the folded twin of a model, or return None where no BatchNorm of it can be folded.
 
     In eval mode BatchNorm is an affine map of each channel, so one that directly follows a convolution vanishes into it
@@ -40,6 +42,8 @@ def fold_batchnorm(model: nn.Module, *, channels_last: bool | None = None) -> Fo
         model: Any classifier; in train or in eval mode, which stays as it is.
         channels_last: Whether the twin computes in channels_last. None: on a CPU, where it is the faster layout, and
             wherever the model's own weights are in it.
+        only_folded: False returns a twin also of a model without such a BatchNorm, if it has several convolutions:
+            one that runs in channels_last.
 
     Returns:
         The twin, up to date with the model's present weights, or None.
@@ -53,7 +57,8 @@ def fold_batchnorm(model: nn.Module, *, channels_last: bool | None = None) -> Fo
     except Exception as error:  # whatever a foreign model's copy or trace may raise: it then runs as it is
         _log.info("%s is not folded: %s: %s", type(model).__name__, type(error).__name__, error)
         return None
-    if not twin.folded:
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    if not twin.folded and (only_folded or convolutions < 2):
         _log.info("%s is not folded: no BatchNorm directly follows a convolution", type(model).__name__)
         return None
     return twin

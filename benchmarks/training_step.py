@@ -41,6 +41,7 @@ from measuring import load, machine, seconds
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("cifar_resnet18", "cifar_resnet18:16", "preact_resnet18", "wide_resnet_16_2", "small_cnn")
 COLUMNS = ("floor", "floor_contiguous", "ours", "ours_twin", "torchattacks", "torchattacks_autocast", "art")
+COMPILED = ("ours_compiled",)  # minutes of compilation: only where named by --columns
 RATIOS = {  # name -> (above the line, below it)
     "ours / floor": ("ours", "floor"),
     "twin / floor": ("ours_twin", "floor"),
@@ -52,7 +53,9 @@ RATIOS = {  # name -> (above the line, below it)
     "torchattacks_autocast / twin": ("torchattacks_autocast", "ours_twin"),
     "art / ours": ("art", "ours"),
     "art / twin": ("art", "ours_twin"),
+    "compiled / floor": ("ours_compiled", "floor"),
 }
+POST_ACTIVATION = "cifar_resnet18"  # every BatchNorm of it folds
 EPS, ALPHA = 8 / 255, 2 / 255
 Step = Callable[[], object]
 
@@ -109,9 +112,11 @@ def floor(setting: Setting, *, channels_last: bool = True) -> Step:
     return step
 
 
-def ours(setting: Setting, *, twin: bool = False) -> Step:
+def ours(setting: Setting, *, twin: bool = False, compiled: bool = False) -> Step:
     model, optimizer = setting.model(channels_last=True)
     method = PGDAT(model, eps=EPS, alpha=ALPHA, steps=setting.steps, twin=twin)
+    if compiled:
+        method.compile(**({"mode": "reduce-overhead"} if setting.device.type == "cuda" else {}))  # CUDA graphs
     x, y = setting.images(channels_last=True), setting.y
 
     def step() -> None:
@@ -177,6 +182,7 @@ MAKERS: dict[str, Callable[[Setting], Step]] = {
     "floor_contiguous": lambda s: floor(s, channels_last=False),
     "ours": ours,
     "ours_twin": lambda s: ours(s, twin=True),
+    "ours_compiled": lambda s: ours(s, twin=True, compiled=True),
     "torchattacks": torchattacks_loop,
     "torchattacks_autocast": lambda s: torchattacks_loop(s, autocast=True),
     "art": art_trainer,
@@ -263,6 +269,26 @@ def batch_loading(args: argparse.Namespace, images: int = 50_000) -> float:
     return seconds(epoch, torch.device(args.device)) / len(loader)
 
 
+def goals(network: str, precision: str) -> dict[str, tuple[float | None, float | None]]:
+    """Return what each ratio should be at least and at most."""
+    folds = network.partition(":")[0] == POST_ACTIVATION
+    return {
+        "ours / floor": (None, 1.05),
+        "twin / floor": (None, {"fp32": 0.95, "bf16": 0.85}[precision] if folds else 1.02),
+        "torchattacks / twin": ({"fp32": 1.0, "bf16": 1.8}[precision], None),
+        "art / twin": ({"fp32": 1.7, "bf16": 3.0}[precision], None),
+    }
+
+
+def met(network: str, precision: str, ratios: dict[str, float]) -> dict[str, bool]:
+    """Return which goals are met, of those that were measured."""
+    return {
+        name: (least is None or ratios[name] >= least) and (most is None or ratios[name] <= most)
+        for name, (least, most) in goals(network, precision).items()
+        if name in ratios
+    }
+
+
 def summary(times: dict[str, list[float]], peaks: dict[str, int], loading: float) -> dict:
     ratios = {
         name: round(statistics.median(a / b for a, b in zip(times[above], times[below])), 3)
@@ -292,7 +318,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="names of create_model; NAME:WIDTH narrows one")
     parser.add_argument("--precisions", nargs="+", default=("fp32", "bf16"), choices=("fp32", "bf16"))
-    parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
+    parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS + COMPILED)
     parser.add_argument("--art", nargs="*", default=("small_cnn", "cifar_resnet18:16"), help="networks that ART trains")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; all by default")
@@ -333,6 +359,7 @@ def main() -> None:
         for precision in args.precisions:
             setting = Setting(network, precision, args)
             result[precision] = summary(*compare(setting, columns_of(setting, args), argv, args.rounds), loading)
+            result[precision]["goals_met"] = met(network, precision, result[precision]["ratios"])
             print(f"{network} {precision}: {json.dumps(result[precision]['ratios'])}", flush=True)
         result["machine"]["load_after"] = load()
         folder = args.output or RESULTS / f"training_step_{device.type}"

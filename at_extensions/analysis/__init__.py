@@ -1,5 +1,7 @@
-"""Measurements of a given model."""
+"""Measurements of a given model, and of an optimiser's diffusion."""
 
+from at_extensions.analysis import diffusion
 from at_extensions.analysis.criticality import LayerCriticality, layer_criticality
+from at_extensions.analysis.diffusion import effective_lr, gradient_noise, matched_lr
 
-__all__ = ["LayerCriticality", "layer_criticality"]
+__all__ = ["LayerCriticality", "diffusion", "effective_lr", "gradient_noise", "layer_criticality", "matched_lr"]

@@ -4,7 +4,7 @@ from at_extensions.data.datasets import DATASETS, load_dataset
 from at_extensions.data.folder import FolderSplit
 from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
 from at_extensions.data.loader import BatchLoader, make_loader
-from at_extensions.data.long_tail import TAIL_KINDS, frequency_groups, long_tail_counts
+from at_extensions.data.long_tail import TAIL_KINDS, frequency_groups, is_long_tailed, long_tail_counts
 from at_extensions.data.split import ImageSplit, Splits
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Splits",
     "corrupt_labels",
     "frequency_groups",
+    "is_long_tailed",
     "load_dataset",
     "long_tail_counts",
     "make_loader",

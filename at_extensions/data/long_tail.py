@@ -65,6 +65,11 @@ def frequency_groups(class_counts: Sequence[int]) -> dict[str, list[int]]:
     return {"head": ranked[: third + 1], "medium": ranked[third + 1 : 2 * third + 1], "tail": ranked[2 * third + 1 :]}
 
 
+def is_long_tailed(class_counts: Sequence[int]) -> bool:
+    """Return whether the smallest class has samples, but less than half as many as the largest."""
+    return 0 < 2 * min(class_counts) < max(class_counts)
+
+
 def kept_samples(labels: Tensor, counts: Sequence[int], generator: torch.Generator) -> Tensor:
     """Return the sorted indices of the first ``counts[c]`` of a shuffle of each class c of ``labels`` (N,)."""
     ranks = ranks_in_class(labels, len(counts), generator)

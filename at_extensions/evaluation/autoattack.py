@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from at_extensions.attacks import attacking
-from at_extensions.checks import check_count, check_eps, check_model, check_name, check_norm, device_of
+from at_extensions.checks import (
+    check_class_counts,
+    check_count,
+    check_eps,
+    check_model,
+    check_name,
+    check_norm,
+    device_of,
+)
 from at_extensions.evaluation import flags as signs
 from at_extensions.evaluation import masking
 from at_extensions.evaluation.driver import Clean, Driver, Listener, Verdicts, clean_pass
@@ -103,12 +111,13 @@ def evaluate(
     device = device_of(_check_float32(check_model(model)))
     samples = Samples(data, labels, n_examples=n_examples, seed=check_count("seed", seed, at_least=0))
     batch_size = default_batch_size(samples) if batch_size is None else check_count("batch_size", batch_size)
-    plan = _Plan(model, samples, norm, eps, version, attacks, seed, batch_size, precision, device)
+    plan = _Plan(model, samples, norm, eps, version, attacks, seed, batch_size, precision, bool(compile), device)
     with sharing(shard) as ranks, isolated(device), attacking(model), torch.no_grad():
         torch.manual_seed(seed)  # for models that draw random numbers themselves
         clean = clean_pass(model, samples, batch_size, device, ranks)
         with ranks.in_step():
-            _check_class_counts(class_counts, clean.num_classes)
+            if class_counts is not None:
+                class_counts = check_class_counts(class_counts, clean.num_classes)
             suite, few_classes = plan.suite(clean.num_classes)
             x, y = plan.first(torch.arange(len(samples)), batch_size)
             flags = [few_classes, *signs.inspect(check_usable(suite, model, x), x, y, version=version)]
@@ -138,6 +147,8 @@ def evaluate(
         seconds=clean.seconds + sum(verdicts.seconds.values()),
         attack_seconds=verdicts.seconds,
         weights=state_digest(model),
+        data=samples.digest(),
+        compiled=bool(compile),
         indices=None if samples.all else samples.indices.tolist(),
         examples=examples,
     )
@@ -156,6 +167,7 @@ class _Plan:
     seed: int
     batch_size: int
     precision: str
+    compiled: bool
     device: torch.device
 
     def suite(self, num_classes: int) -> tuple[dict[str, Any], Flag | None]:
@@ -182,7 +194,7 @@ class _Plan:
             "suite": list(suite),
             "attacks": {name: settings(attack) for name, attack in suite.items()},
             "backend": backend_version(),
-            **{name: getattr(self, name) for name in ("norm", "eps", "seed", "batch_size", "precision")},
+            **{name: getattr(self, name) for name in ("norm", "eps", "seed", "batch_size", "precision", "compiled")},
         }
         for rank, theirs in enumerate(ranks.gather(identity)):
             other = [key for key in identity if theirs[key] != identity[key]]
@@ -229,11 +241,6 @@ def _check_float32(model: nn.Module) -> nn.Module:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(f"{name} is {parameter.dtype}; evaluate a float32 model: model.float()")
     return model
-
-
-def _check_class_counts(class_counts: Sequence[int] | None, num_classes: int) -> None:
-    if class_counts is not None and len(class_counts) != num_classes:
-        raise ValueError(f"got {len(class_counts)} class_counts for a model of {num_classes} classes")
 
 
 def _examples(samples: Samples, clean: Clean, verdicts: Verdicts) -> Examples | None:

@@ -43,6 +43,9 @@ class Examples:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+_LATER = {"weights", "data", "data_name", "compiled"}  # what reports of earlier versions lack
+
+
 @dataclass(eq=False)
 class RobustnessReport:
     """What AutoAttack left standing, and how it was found out. Accuracies are fractions in [0, 1].
@@ -74,6 +77,9 @@ class RobustnessReport:
         groups: Accuracy by frequency in training, ``head``, ``medium`` and ``tail``: dicts of ``clean`` and ``robust``.
         weights: SHA-256 of the model's state dict (``evaluation.state_digest``); None in a report that an earlier
             version wrote.
+        data: SHA-256 of the images and labels; None likewise.
+        data_name: What the data are called, where the evaluation was one of a run.
+        compiled: Whether the search ran on a compiled model.
         examples: A few broken samples; not part of ``to_dict``.
     """
 
@@ -101,6 +107,9 @@ class RobustnessReport:
     indices: list[int] | None = None
     groups: dict[str, dict[str, float | None]] | None = None
     weights: str | None = None
+    data: str | None = None
+    data_name: str | None = None
+    compiled: bool = False
     examples: Examples | None = field(default=None)
 
     @property
@@ -125,10 +134,10 @@ class RobustnessReport:
             ValueError: Something is missing or unknown.
         """
         names = {f.name for f in fields(cls)} - {"examples"}
-        missing, unknown = sorted(names - values.keys() - {"weights"}), sorted(values.keys() - names - {"reliable"})
+        missing, unknown = sorted(names - values.keys() - _LATER), sorted(values.keys() - names - {"reliable"})
         if missing or unknown:
             raise ValueError(f"not a robustness report: missing {missing}, unknown {unknown}")
-        values = {name: values.get(name) for name in names}
+        values = {name: values[name] for name in names & values.keys()}
         for name in ("clean", "robust"):
             values[name] = torch.tensor(values[name], dtype=torch.bool)
         values["interval"] = tuple(values["interval"])

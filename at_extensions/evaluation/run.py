@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from at_extensions.checks import parse_fraction
-from at_extensions.data import load_dataset
+from at_extensions.data import is_long_tailed, load_dataset
 from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.report import RobustnessReport
+from at_extensions.evaluation.sharding import own_device, own_rank
 from at_extensions.models import load_model
 from at_extensions.runs import RunDirectory
 
@@ -28,11 +28,14 @@ def evaluate_run(
     root: str | None = None,
     batch_size: int | None = None,
     precision: str = "fp32",
+    compile: bool = False,
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
 ) -> RobustnessReport:
     """Attack a run's model with AutoAttack on its test split; write evaluation.json and a few examples into the run.
+
+    Under torchrun the batches are dealt over the processes, and the first one writes.
 
     Args:
         run: A run directory.
@@ -46,8 +49,9 @@ def evaluate_run(
         root: Folder that holds the data set, in torchvision's layout.
         batch_size: Images attacked at a time.
         precision: Of the search, fp32 or bf16; each adversarial example is verified in fp32 either way.
+        compile: Search with a model compiled by torch.compile.
         seed: Of the attacks.
-        device: cpu, cuda, ...; a GPU where there is one by default.
+        device: cpu, cuda, ...; a GPU where there is one by default, under torchrun each process its own.
         progress: Show a progress bar (on a terminal).
 
     Returns:
@@ -60,8 +64,9 @@ def evaluate_run(
     directory = RunDirectory(run)
     config = directory.config()
     path = directory.published_weights() if checkpoint is None else directory.weights(checkpoint)
-    model = load_model(path).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(path).to(device or own_device())
     trained = config["data"]
+    class_counts = trained.get("class_counts")
     splits = load_dataset(
         data or trained["name"],
         root=root or trained.get("root"),
@@ -77,16 +82,19 @@ def evaluate_run(
         "batch_size": batch_size,
         "n_examples": n_examples,
         "precision": precision,
+        "compile": compile,
     }
     report = evaluate(
         model,
         splits.test,
         state_dir=directory.path / "evaluation_state" / _digest(path, data, settings),
-        class_counts=trained.get("class_counts") if trained.get("imbalance_ratio") else None,
+        class_counts=class_counts if class_counts and is_long_tailed(class_counts) else None,
         progress=progress,
         **settings,
     )
-    directory.write_evaluation(report.to_dict(), report.examples and report.examples.to_dict())
+    report = replace(report, data_name=data or trained["name"])
+    if own_rank() == 0:
+        directory.write_evaluation(report.to_dict(), report.examples and report.examples.to_dict())
     return report
 
 

@@ -17,8 +17,8 @@ def search_model(
 ) -> Callable[[Tensor], Tensor]:
     """Return what to search on in place of a model in eval mode, or the model itself where nothing is faster.
 
-    BatchNorm is folded into the convolutions before it and the network runs in channels_last where that is faster,
-    provided that the logits of ``x`` come out the same. Images stay contiguous: AutoAttack views their gradients.
+    BatchNorm is folded into the convolutions before it, and convolutions run in channels_last, provided that the
+    logits of ``x`` come out the same. Images stay contiguous: AutoAttack views their gradients.
 
     Args:
         model: The model as given; anything but a module in eval mode is returned as it is, but for ``precision``.
@@ -26,17 +26,17 @@ def search_model(
         precision: ``"bf16"`` searches under autocast.
         compiled: Compile it with ``torch.compile``.
     """
-    search = _folded(model, x) or model
+    search = _twin(model, x) or model
     if precision == "bf16":
         search = _LowPrecision(search, x.device.type)
     return torch.compile(search, dynamic=True) if compiled else search
 
 
-def _folded(model: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-3) -> nn.Module | None:
-    """The model's folded twin, if there is one and it agrees."""
+def _twin(model: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-3) -> nn.Module | None:
+    """The model's twin, folded and in channels_last, if there is one and it agrees."""
     if not isinstance(model, nn.Module) or any(module.training for module in model.modules()):
         return None
-    twin = fold_batchnorm(model)
+    twin = fold_batchnorm(model, channels_last=True, only_folded=False)
     if twin is None:
         return None
     logits, folded = model(x), twin(x)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -101,6 +102,19 @@ def _start_group() -> None:
 
 
 _groups = itertools.count()
+
+
+def own_rank() -> int:
+    """Return this process's number in the job that ``torchrun`` started, inside a process group or not."""
+    return int(os.environ.get("RANK", "0")) if _launched_by_torchrun() else 0
+
+
+def own_device() -> torch.device:
+    """Return a GPU where there is one: under ``torchrun`` each process's own; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0")) if _launched_by_torchrun() else torch.cuda.current_device()
+    return torch.device("cuda", local % torch.cuda.device_count())
 
 
 def _launched_by_torchrun() -> bool:

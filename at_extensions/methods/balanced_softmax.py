@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchattacks.attack import Attack
 
 from at_extensions.attacks import PGD, ClassEpsPGD, robust_lt_scales
-from at_extensions.checks import check_count, check_model
+from at_extensions.checks import check_class_counts, check_matching, check_model
 from at_extensions.methods.method import Method, Step, register
 
 
@@ -84,27 +84,6 @@ def balanced_softmax_loss(logits: Tensor, y: Tensor, log_counts: Tensor) -> Tens
     """
     check_matching(len(log_counts), logits.shape[-1])
     return F.cross_entropy(logits.to(log_counts.dtype) + log_counts, y)
-
-
-def check_class_counts(class_counts: Sequence[int] | Tensor) -> list[int]:
-    """Return class counts as a list, if they are whole numbers of at least 1 for at least two classes.
-
-    Raises:
-        TypeError: Not whole numbers.
-        ValueError: A class without images, or fewer than two classes.
-    """
-    if class_counts is None or isinstance(class_counts, (int, float, str)):
-        raise TypeError(f"class_counts must be the training images of each class, got {class_counts!r}")
-    counts = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
-    if len(counts) < 2:
-        raise ValueError(f"class_counts must have one number a class, at least 2, got {counts}")
-    return [check_count(f"class_counts[{c}]", n) for c, n in enumerate(counts)]
-
-
-def check_matching(counts: int, classes: int) -> None:
-    """Refuse class counts for another number of classes than the model has."""
-    if counts != classes:
-        raise ValueError(f"got {counts} class_counts for a model of {classes} classes")
 
 
 def long_tail_pgd(

@@ -11,12 +11,10 @@ from torch.nn import functional as F
 from torchattacks.attack import Attack
 
 from at_extensions.attacks import Loss
-from at_extensions.checks import check_name, check_number
+from at_extensions.checks import check_class_counts, check_matching, check_name, check_number
 from at_extensions.data import frequency_groups
 from at_extensions.methods.balanced_softmax import (
     balanced_softmax_loss,
-    check_class_counts,
-    check_matching,
     long_tail_pgd,
     statistics_like,
 )

@@ -258,16 +258,25 @@ def per_class_bars(reports: Mapping[str, Mapping[str, Any]], class_names: Sequen
 
 
 def _class_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], class_names: Sequence[str] | None) -> None:
+    key = "train_count" if rows and rows[0].get("train_count") is not None else "count"
+    few = len(rows) <= 20
+    if not few and key == "train_count":
+        rows = sorted(rows, key=lambda row: -row[key])
     places = range(len(rows))
-    for key, hue, width in (("clean", HUES[5], 0.84), ("robust", HUES[0], 0.5)):
-        axes.bar(places, [row[key] or 0.0 for row in rows], width, color=hue)
-    if len(rows) <= 20:
-        key = "train_count" if rows and rows[0].get("train_count") is not None else "count"
-        counts = [row[key] for row in rows]
-        uneven = min(counts) < 0.8 * max(counts)
+    for part, hue, width in (("clean", HUES[5], 0.84), ("robust", HUES[0], 0.5)):
+        axes.bar(places, [row[part] or 0.0 for row in rows], width, color=hue)
+    counts = [row[key] for row in rows]
+    uneven = bool(counts) and min(counts) < 0.8 * max(counts)
+    if few:
         names = [_class_name(row["class"], class_names) for row in rows]
         axes.set_xticks(places, [f"{n}\nn={c}" if uneven else n for n, c in zip(names, counts)], fontsize=9)
         axes.tick_params(axis="x", length=0)
+    elif key == "train_count":
+        axes.set_xlabel("classes, from the most frequent in training to the rarest")
+        beside = axes.twinx()
+        beside.plot(places, counts, color=HUES[1], linewidth=1.2)
+        beside.set(ylabel="training images", ylim=(0, None))
+        beside.grid(visible=False)
     else:
         axes.set_xlabel("class")
     axes.set(ylim=(0, 1.02))

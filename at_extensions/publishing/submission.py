@@ -155,6 +155,11 @@ def _read(run: RunDirectory, paper: Paper, model_id: str, dataset: str | None, a
         raise ValueError(f"{weights} names no recipe; publish models that create_model made")
     if report.weights not in (None, state_digest(load_model(weights))):
         raise ValueError(f"{evaluation} is about other weights than {weights}; evaluate the run again")
+    trained_on = (config.get("data") or {}).get("name")
+    if report.data_name not in (None, trained_on):
+        raise ValueError(
+            f"{evaluation} is about {report.data_name}, not {trained_on}; evaluate the run on its own data"
+        )
     if wrong := contradictions(report):
         raise ValueError(f"{evaluation} contradicts itself: {'; '.join(wrong)}; evaluate the run again")
     dataset = check_dataset(dataset or _dataset_of(config))

@@ -61,19 +61,20 @@ def sweep_point(
 
     Args:
         run: Its name.
-        training: ``optimizer`` (sgd or deat), ``lr``, ``batch_size`` and ``momentum``.
+        training: ``optimizer`` (sgd or deat), ``lr``, ``batch_size``, ``momentum`` and ``optimizer_options``.
         robust: Robust accuracy on held-out data.
         robust_train: On training data.
     """
     name, momentum = training.get("optimizer"), training.get("momentum", 0.0)
     if name not in ("sgd", "deat") or not all(training.get(key) for key in ("lr", "batch_size")):
         return None
-    weights = nn.Linear(1, 1).parameters()
+    weights, options = nn.Linear(1, 1).parameters(), training.get("optimizer_options") or {}
     if name == "deat":
-        optimizer: torch.optim.Optimizer = DEAT(weights, lr=training["lr"])
+        optimizer: torch.optim.Optimizer = DEAT(weights, lr=training["lr"], **options)
     else:
-        optimizer = torch.optim.SGD(weights, lr=training["lr"], momentum=momentum)
+        optimizer = torch.optim.SGD(weights, lr=training["lr"], momentum=momentum, **options)
         name = f"sgd, momentum {momentum:g}" if momentum else "plain sgd"
+    name += "".join(f", {key} {value}" for key, value in options.items())
     found = diffusion(optimizer, training["batch_size"])
     effective = found.effective_lr / training["batch_size"]
     return SweepPoint(run, name, found.lr_batch_ratio, effective, robust, robust_train)

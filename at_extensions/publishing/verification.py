@@ -162,8 +162,9 @@ def _in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
         if done.returncode or not answer.is_file():
             raise RuntimeError(f"the fresh process failed: {(done.stderr or 'see above').strip()[-2000:]}")
         found = json.loads(answer.read_text(encoding="utf-8"))
-    if "missing" in found:
-        raise FileNotFoundError(found["missing"])
+    if "refused" in found:
+        kind, message = found["refused"]
+        raise (FileNotFoundError if kind == "FileNotFoundError" else ValueError)(message)
     return found
 
 
@@ -171,8 +172,8 @@ def answer(task: str, path: str) -> None:
     """What the fresh process does: measure, and write what it found."""
     try:
         found = measure(**json.loads(task))
-    except FileNotFoundError as error:  # of the data: the caller's to mend
-        found = {"missing": str(error)}
+    except (FileNotFoundError, ValueError) as error:  # of the data: the caller's to mend
+        found = {"refused": [type(error).__name__, str(error)]}
     Path(path).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -184,7 +185,10 @@ def measure(folder: str, data: str, root: str | None, n_examples: int, seed: int
     """
     from at_extensions.data import load_dataset
 
-    test = load_dataset(data, root=root, val_fraction=0.0).test
+    try:
+        test = load_dataset(data, root=root, val_fraction=0.0).test
+    except ValueError as error:
+        raise ValueError(f"{error}; say where the test images are: --data folder:PATH or npz:PATH") from error
     published = register(folder)
     model = load(published).to(device)
     report = RobustnessReport.load(published.folder / "evaluation.json")

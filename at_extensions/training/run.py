@@ -9,7 +9,7 @@ from torch import nn
 
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_eps, parse_fraction
-from at_extensions.data import Splits, load_dataset, make_loader
+from at_extensions.data import Splits, is_long_tailed, load_dataset, make_loader
 from at_extensions.methods import Method, create_method
 from at_extensions.models import create_model
 from at_extensions.runs import RunDirectory, versions
@@ -40,6 +40,7 @@ def train(
     lr: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    optimizer_options: dict | None = None,
     schedule: str = "onecycle",
     warmup: float = 0.5,
     milestones: list[int] | None = None,
@@ -88,6 +89,7 @@ def train(
         lr: Peak learning rate.
         momentum: Of SGD.
         weight_decay: Weight decay.
+        optimizer_options: More options of the optimiser, such as {"k1": 1.0, "k2": 0.8, "decoupled": true} for deat.
         schedule: onecycle, step, cosine or constant.
         warmup: Share of a one-cycle run in which the rate rises.
         milestones: Epochs after which a step schedule divides the rate by ten; 1/2 and 3/4 of the run by default.
@@ -138,7 +140,10 @@ def _fit(settings: dict, eps: float, device: torch.device) -> None:
     method = _method(settings, net, splits, eps)
     train_batches, val_batches = _loaders(settings, splits, device)
     optimizer = create_optimizer(
-        net, settings["optimizer"], **{key: settings[key] for key in ("lr", "momentum", "weight_decay")}
+        net,
+        settings["optimizer"],
+        **{key: settings[key] for key in ("lr", "momentum", "weight_decay")},
+        **(settings["optimizer_options"] or {}),
     )
     scheduler = create_scheduler(
         optimizer,
@@ -155,7 +160,7 @@ def _fit(settings: dict, eps: float, device: torch.device) -> None:
         val_attack=lambda m: PGD(m, eps=eps, alpha=2.5 * eps / val_steps, steps=val_steps),
         run_dir=settings["out"],
         config=_config(settings, net, splits, eps),
-        class_counts=splits.class_counts if settings["imbalance_ratio"] else None,
+        class_counts=splits.class_counts if is_long_tailed(splits.class_counts) else None,
         **{key: settings[key] for key in same},
     )
     trainer.fit(train_batches, val_batches)
@@ -210,9 +215,9 @@ def _config(settings: dict, net: nn.Module, splits: Splits, eps: float) -> dict:
         "data": ("data", "root", "val_fraction", "imbalance_ratio", "imbalance_kind", "label_noise",
                  "label_noise_kind", "image_size", "train_size", "data_seed"),
         "method": ("method", "alpha", "steps", "method_options"),
-        "training": ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup",
-                     "milestones", "augment", "val_steps", "precision", "channels_last", "compile", "ema",
-                     "clip_grad"),
+        "training": ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "optimizer_options",
+                     "schedule", "warmup", "milestones", "augment", "val_steps", "precision", "channels_last",
+                     "compile", "ema", "clip_grad"),
     }  # fmt: skip
     config = {name: {key: settings[key] for key in keys} for name, keys in groups.items()}
     config["data"] = {"name": config["data"].pop("data")} | config["data"] | {"class_counts": splits.class_counts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,13 @@ SCHEDULES = ("onecycle", "step", "cosine", "constant")
 
 
 def create_optimizer(
-    model: nn.Module, name: str = "sgd", *, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4
+    model: nn.Module,
+    name: str = "sgd",
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    **options: Any,
 ) -> Optimizer:
     """Build an optimiser for a model's parameters.
 
@@ -26,8 +33,11 @@ def create_optimizer(
         lr: Peak learning rate.
         momentum: Of SGD; the other optimisers ignore none of theirs for it.
         weight_decay: Weight decay.
+        **options: More of the optimiser's own: ``k1``, ``k2``, ``decoupled``, ``foreach`` for DEAT, ``dampening`` for
+            SGD, ``betas`` for AdamW, ...
 
     Raises:
+        TypeError: An option that the optimiser does not have.
         ValueError: Unknown name or a number out of range.
     """
     check_name("optimizer", name, OPTIMIZERS)
@@ -37,13 +47,13 @@ def create_optimizer(
     if name == "deat":
         from at_extensions.optim import DEAT
 
-        return DEAT(model.parameters(), lr=lr, weight_decay=weight_decay)
+        return DEAT(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
     from timm.optim import create_optimizer_v2
 
     # timm's "sgd" is Nesterov, "momentum" the plain form that the papers used
     opt = {"sgd": "momentum", "adamw": "adamw"}[name]
     return create_optimizer_v2(
-        model, opt=opt, lr=lr, momentum=momentum, weight_decay=weight_decay, filter_bias_and_bn=False
+        model, opt=opt, lr=lr, momentum=momentum, weight_decay=weight_decay, filter_bias_and_bn=False, **options
     )
 
 

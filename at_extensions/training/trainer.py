@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 
 from at_extensions.attacks import PGD, attacking
 from at_extensions.checks import (
+    check_class_counts,
     check_count,
     check_images,
     check_labels,
     check_logits,
+    check_matching,
     check_name,
     check_number,
     device_of,
@@ -123,7 +125,7 @@ class Trainer:
         self.precision = check_name("precision", precision, PRECISIONS)
         self.clip_grad = clip_grad if clip_grad is None else check_number("clip_grad", clip_grad, above=0)
         self.seed, self.progress, self.channels_last = seed, progress, channels_last
-        self.class_counts = class_counts
+        self.class_counts = None if class_counts is None else check_class_counts(class_counts)
         method.stream.seed += 7919 * distributed.rank()  # each process starts its attacks elsewhere
         if channels_last:
             method.model.to(memory_format=torch.channels_last)
@@ -237,6 +239,8 @@ class Trainer:
                 "the model returns probabilities, not logits; remove its softmax (cross-entropy applies its own)"
             )
         check_labels(y, logits.shape[1], size=len(x))
+        if self.class_counts is not None:
+            check_matching(len(self.class_counts), logits.shape[1])
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -285,3 +287,9 @@ def test_models_and_attacks_that_do_not_fit_are_refused():
         gradient_noise(small_model(), batches_for(2), attack=PGD(small_model()))
     with pytest.raises(ValueError, match="no parameter"):
         gradient_noise(small_model().requires_grad_(False), batches_for(2))
+
+
+def test_the_room_offers_what_the_readme_names():
+    code = "import at_extensions as atx; print(atx.analysis.diffusion.matched_lr is atx.analysis.matched_lr)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "True", done.stderr

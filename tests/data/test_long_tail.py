@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at_extensions.data import long_tail_counts
+from at_extensions.data import is_long_tailed, long_tail_counts
 from at_extensions.data.long_tail import kept_samples, largest_head
 from at_extensions.data.split import seeded_generator
 
@@ -99,3 +99,10 @@ def test_an_empty_class_is_refused_with_the_ratio_that_would_do():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         long_tail_counts(*arguments)
+
+
+def test_a_long_tail_is_less_than_half_of_the_head():
+    assert is_long_tailed([10, 4, 7])
+    assert not is_long_tailed([10, 5])
+    assert not is_long_tailed([178, 182, 177])
+    assert not is_long_tailed([10, 0])  # a class without samples is no tail

@@ -331,3 +331,11 @@ def test_attacks_that_are_undefined_are_refused_where_asked_for(linear, make_ima
             version="custom",
             attacks=["apgd-t"],
         )
+
+
+@pytest.mark.parametrize(("counts", "message"), [([5, 5, 5], "got 3 class_counts"), ([5, 5, 0, 5], "class_counts")])
+def test_class_counts_that_cannot_be_right_are_refused(linear, make_images, label, counts, message):
+    model, x = linear(4), make_images(8)
+    options = {"eps": 0.01, "version": "custom", "attacks": ["apgd-ce"]}
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, x, label(model, x), class_counts=counts, **options)

@@ -1,11 +1,17 @@
 """Evaluation of a run directory: its own test split, a state for each setting, and models that nothing is left of."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from at_extensions import create_model
 from at_extensions.evaluation import evaluate_run
 from at_extensions.runs import RunDirectory, load_tensors, save_weights
+from at_extensions.training import train
 
 
 @pytest.fixture
@@ -61,3 +67,35 @@ def test_what_is_missing_is_named(run, tmp_path):
         evaluate_run(run.path, checkpoint="bset")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         evaluate_run(run.path, checkpoint="best")
+
+
+def test_under_torchrun_one_process_writes_what_a_single_one_would(tmp_path):
+    run = train(tmp_path / "run", data="digits", epochs=1, model_options={"width": 4}, eps=0.2, method="n_fgsm")
+    options = ["--version", "custom", "--attacks", '["apgd-ce"]', "--n-examples", "40", "--batch-size", "8"]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "at_extensions.cli", "evaluate", str(run.path), *options, "--device", "cpu"],
+        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report: ") == 1
+    shared = run.evaluation()
+    shutil.rmtree(run.path / "evaluation_state")
+    alone = evaluate_run(
+        run.path, version="custom", attacks=["apgd-ce"], n_examples=40, batch_size=8, device="cpu", progress=False
+    )
+    assert shared["robust"] == alone.robust.tolist()
+    assert shared["data"] == alone.data
+    assert shared["weights"] == alone.weights
+
+
+@pytest.mark.parametrize(("rank", "device"), [(None, "cuda:3"), (1, "cuda:1"), (5, "cuda:1")])
+def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch, rank, device):
+    from at_extensions.evaluation import sharding
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(sharding, "_launched_by_torchrun", lambda: rank is not None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank or 0))
+    assert sharding.own_device() == torch.device(device)

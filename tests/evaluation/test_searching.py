@@ -86,7 +86,7 @@ def test_a_twin_that_disagrees_is_not_used(net, make_images, monkeypatch):
     with torch.no_grad():
         for offset, used in ((0.0, True), (1e-5, True), (torch.eye(4)[0] * 0.1, False), (float("nan"), False)):
             twin = Wrong(offset)
-            monkeypatch.setattr(searching, "fold_batchnorm", lambda *_, twin=twin: twin)
+            monkeypatch.setattr(searching, "fold_batchnorm", lambda *_, twin=twin, **__: twin)
             assert (search_model(model, x) is twin) == used
             assert (search_model(model, x) is model) == (not used)
 
@@ -112,3 +112,29 @@ def test_a_compiled_search_finds_the_same(net, make_images, label, small_suite, 
     assert torch.equal(evaluate(model, x, y, eps=0.02, compile=True).robust, plain.robust)
     assert len(compiled) == 1
     assert compiled[0] is not model  # whose own compilation state stays as it is
+
+
+def test_a_network_with_nothing_to_fold_runs_in_channels_last(make_images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(4))
+    x = make_images(4)
+    with torch.no_grad():
+        model.eval()(x)
+    layouts = []
+    model[2].register_forward_pre_hook(
+        lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    search = search_model(model, x)
+    assert search is not model
+    x.requires_grad_()
+    logits = search(x)
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    assert layouts[-1]
+    assert gradient.is_contiguous()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_without_convolutions_is_searched_as_it_is(linear, make_images):
+    model = linear(4).eval()
+    assert search_model(model, make_images(4)) is model

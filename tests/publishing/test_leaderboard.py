@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -138,3 +140,40 @@ def test_bad_input(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match=r"none of the 1 JSON files .* x.json: it does not hold an object"):
         leaderboard(tmp_path)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize(
+    ("deeds", "shown"),
+    [
+        ("", ["B", "C", "A"]),
+        ("head('Clean').click()", ["A", "C", "B"]),
+        ("head('Clean').click(); head('Clean').click()", ["B", "C", "A"]),
+        ("head('Model').click()", ["A", "B", "C"]),
+        ("type('moon 2023')", ["C"]),
+        ("type('nobody')", []),
+    ],
+)
+def test_a_real_browser_sorts_and_filters(put, tmp_path, deeds, shown):
+    put("A", clean_acc="90.00", autoattack_acc="40.00", name="Aa")
+    put("B", clean_acc="70.00", autoattack_acc="60.00", name="Bb")
+    put("C", clean_acc="80.00", autoattack_acc="50.00", name="Cc", authors="B. Moon")
+    page = leaderboard(tmp_path, tmp_path / "page.html")
+    script = """<script>
+        const head = (text) => [...document.querySelectorAll("th button")].find((b) => b.textContent.includes(text));
+        const type = (text) => {
+          const field = document.getElementById("filter");
+          field.value = text;
+          field.dispatchEvent(new Event("input"));
+        };
+        %s;
+        const rows = [...document.querySelectorAll("tbody tr")].filter((row) => row.checkVisibility());
+        document.title = "shown " + rows.map((row) => row.querySelector("code").textContent).join(" ");
+    </script>"""
+    page.write_text(page.read_text() + script % deeds)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert re.search("<title>shown ?([^<]*)</title>", done.stdout)[1].split() == shown

@@ -136,3 +136,15 @@ def test_no_pyplot_and_no_backend_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "None"]
+
+
+def test_many_classes_stand_in_the_order_of_their_frequency_with_their_counts():
+    counts = [(7 * i) % 100 + 1 for i in range(100)]
+    rows = [
+        {"class": i, "count": 10, "clean": c / 100, "robust": c / 200, "train_count": c} for i, c in enumerate(counts)
+    ]
+    axes, beside = plots.per_class_bars({"a": {"per_class": rows}}).axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights[:100] == sorted((c / 100 for c in counts), reverse=True)
+    assert heights[100:] == sorted((c / 200 for c in counts), reverse=True)
+    assert beside.lines[0].get_ydata().tolist() == sorted(counts, reverse=True)

@@ -189,6 +189,12 @@ def test_a_result_of_other_weights_is_refused(make_trained, paper, tmp_path):
     assert json.loads((publish(run, paper, ID, tmp_path / "out") / "evaluation.json").read_text())["weights"] == own
 
 
+def test_a_result_on_other_data_is_refused(make_trained, paper, tmp_path):
+    run = make_trained(report=make_trained.evaluation(n=10_000, data_name="cifar100"))
+    with pytest.raises(ValueError, match="is about cifar100, not cifar10"):
+        publish(run, paper, ID, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"robust_accuracy": 0.6}, "robust accuracy 0.6000, 0.5000 by its verdicts"),

@@ -87,3 +87,10 @@ def test_the_report_of_a_sweep_draws_it(make_run, tmp_path, read):
     assert "Rank correlation" not in page.text
     same = [run(6, 0.1, robust=0.2), run(7, 0.2, robust=0.2), run(8, 0.3, robust=0.2)]
     assert "plain sgd 3 – –" in read(write_report(same, tmp_path / "d.html")).text
+
+
+def test_options_of_the_optimiser_count():
+    training = PLAIN | {"optimizer": "deat", "lr": 0.3, "optimizer_options": {"k1": 0.0}}
+    point = sweep_point("a", training, 0.5)
+    assert point.series == "deat, k1 0.0"
+    assert point.effective_ratio == pytest.approx(0.003)

@@ -91,6 +91,16 @@ def test_missing_data_are_said_with_how_to_get_them(folder, tmp_path, monkeypatc
         verify(folder, root=tmp_path / "nowhere", device="cpu")
 
 
+def test_data_that_cannot_be_named_are_asked_for(folder, monkeypatch):
+    def here(command, **_):
+        verification.answer(*command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", here)
+    with pytest.raises(ValueError, match="--data folder:PATH"):
+        verify(folder, data="imagenet", device="cpu")
+
+
 def test_a_fresh_process_that_fails_says_why(folder, data, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stderr="MemoryError: none left")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)

@@ -21,7 +21,14 @@ def test_deat_is_the_papers_recipe():
     assert [recipe[key] for key in ("model", "batch_size", "weight_decay", "epochs", "milestones")] == [
         "preact_resnet18", 128, 5e-4, 110, [100, 105],
     ]  # fmt: skip
-    assert [recipe[key] for key in ("eps", "alpha", "steps", "lr")] == ["8/255", "2/255", 10, 0.1]
+    assert [recipe[key] for key in ("eps", "alpha", "steps", "lr", "val_fraction")] == ["8/255", "2/255", 10, 0.1, 0]
+
+
+def test_reat_is_the_released_recipe_on_all_of_the_tail():
+    recipe = preset("reat")
+    assert [recipe[key] for key in ("method", "imbalance_ratio", "val_fraction", "epochs", "milestones", "lr")] == [
+        "reat", 0.02, 0, 80, [60, 75], 0.1,
+    ]  # fmt: skip
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(capsys):
@@ -33,7 +40,7 @@ def test_an_unknown_preset_is_named_with_the_nearest(capsys):
 
 
 SMALL = ["--data", "digits", "--model", "small_cnn", "--model-options", '{"width": 4}', "--steps", "1", "--epochs=1",
-         "--augment", "crop", "--milestones", "[1]", "--train-size", "200"]  # fmt: skip
+         "--augment", "crop", "--milestones", "[1]", "--train-size", "200", "--val-fraction", "0.1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("given", [["--preset", "deat"], ["--preset=deat"]])

@@ -1,8 +1,11 @@
 """A whole run from plain settings."""
 
+import numpy as np
 import pytest
 import torch
 
+from at_extensions.evaluation import evaluate_run
+from at_extensions.methods import list_methods
 from at_extensions.models import load_model
 from at_extensions.runs import load_tensors
 from at_extensions.training import train
@@ -65,3 +68,33 @@ def test_settings_that_cannot_be_right_are_named_and_leave_no_run(tmp_path, sett
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", **(QUICK | settings))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_deat_drives_every_method(tmp_path, method):
+    options = QUICK | {"method": method, "imbalance_ratio": 0.3, "steps": None if "fgsm" in method else 1}
+    options["steps"] = None if method == "standard" else options["steps"]
+    run = train(tmp_path / "run", optimizer="deat", optimizer_options={"k1": 0.5}, lr=0.05, **options)
+    assert run.config()["training"]["optimizer_options"] == {"k1": 0.5}
+    before = train(tmp_path / "other", optimizer="deat", lr=0.05, **options)
+    a, b = (load_tensors(r.weights("last"))[0] for r in (run, before))
+    assert not all(torch.equal(a[key], b[key]) for key in a)  # k1 reached it
+
+
+def test_an_option_that_the_optimiser_lacks_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="k3"):
+        train(tmp_path / "run", optimizer="deat", optimizer_options={"k3": 0.5}, **QUICK)
+
+
+def test_data_that_are_long_tailed_by_themselves_are_measured_by_group(tmp_path):
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), [40, 20, 20, 10])
+    arrays = {f"{role}_images": draw.integers(0, 256, (90, 8, 8, 1), np.uint8) for role in ("train", "test")}
+    np.savez(tmp_path / "data.npz", train_labels=labels, test_labels=labels, **arrays)
+    options = QUICK | {"data": f"npz:{tmp_path / 'data.npz'}", "batch_size": 16}
+    run = train(tmp_path / "run", method="at_bsl", steps=1, val_fraction=0.2, **options)
+    assert set(run.metrics()[-1]["groups"]["val_robust"]) == {"head", "medium", "tail"}
+    assert "groups" not in train(tmp_path / "even", method="standard", **QUICK).metrics()[-1]
+    report = evaluate_run(run.path, version="custom", attacks=["apgd-ce"], n_examples=20, progress=False)
+    assert set(report.groups) == {"head", "medium", "tail"}
+    assert report.data_name == options["data"]

@@ -295,3 +295,35 @@ def test_sigkill_at_any_moment_then_resume_gives_the_uninterrupted_weights(tmp_p
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert same(load_tensors(run.weights("last"))[0], weights(whole.model))
     assert [row["epoch"] for row in run.metrics()] == list(range(1, 41))
+
+
+def test_class_counts_that_cannot_be_right_are_refused_before_the_first_step():
+    with pytest.raises(ValueError, match=r"class_counts\[1\]"):
+        a_trainer(1, class_counts=[5, 0, 3])
+    trainer, train, val = a_trainer(1, class_counts=[16, 16])
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match="got 2 class_counts for a model of 3 classes"):
+        trainer.fit(train, val)
+    assert same(weights(trainer.model), before)
+    trainer, train, val = a_trainer(1, class_counts=torch.tensor([16, 16, 16]))
+    assert set(trainer.fit(train, val).rows[0]["groups"]) == {"train", "val_clean", "val_robust"}
+
+
+def test_a_compiled_run_trains_and_saves_what_an_uncompiled_one_does(tmp_path, monkeypatch):
+    compile = torch.compile
+    graphs = []
+
+    def eager(function, **options):  # the graphs of torch.compile, without a C++ compiler
+        graphs.append(options)
+        return compile(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    finals = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        trainer, train, val = a_trainer(2, run_dir=tmp_path / name, compile=compiled)
+        trainer.fit(train, val)
+        finals.append(load_tensors(RunDirectory(tmp_path / name).weights("last"))[0])
+    assert len(graphs) == 2  # the model's, and the twin's that attacks search on
+    assert finals[0].keys() == finals[1].keys()
+    for key, value in finals[0].items():
+        torch.testing.assert_close(finals[1][key], value, rtol=1e-3, atol=1e-4)
