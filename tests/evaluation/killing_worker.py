@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import random
+import shutil
 import signal
 import sys
 import time
@@ -39,7 +40,7 @@ def ten_kills_at_random_moments(linear, make_images, label, tmp_path):
     assert 0 < whole.robust_accuracy < whole.clean_accuracy
 
     moments, killed, records = random.Random(0), 0, [0]
-    for _ in range(10):
+    while killed < 10:
         child = multiprocessing.get_context("fork").Process(target=attack, args=(model, x, y, tmp_path))
         child.start()
         child.join(moments.uniform(0.02, 0.25) * length)
@@ -47,11 +48,15 @@ def ten_kills_at_random_moments(linear, make_images, label, tmp_path):
         child.join()
         killed += child.exitcode == -signal.SIGKILL
         records.append(len(list(tmp_path.glob("*/*.safetensors"))))
-    assert killed >= 5
-    assert records == sorted(records)  # what is finished stays
-    assert records[-1] > 0
+        assert records == sorted(records)  # what is finished stays
+        if child.exitcode == 0:  # it was faster: go on with a new one, when its verdicts are right
+            compare(attack(model, x, y, tmp_path), whole)
+            shutil.rmtree(tmp_path)
+            records = [0]
+    compare(attack(model, x, y, tmp_path), whole)
 
-    resumed = attack(model, x, y, tmp_path)
+
+def compare(resumed, whole):
     assert torch.equal(resumed.robust, whole.robust)
     assert torch.equal(resumed.clean, whole.clean)
     assert resumed.after_attack == whole.after_attack

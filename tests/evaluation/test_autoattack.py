@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from at_extensions.data import load_dataset
 from at_extensions.evaluation import RobustnessReport, evaluate
+from at_extensions.models import load_model
+from at_extensions.training import train
 
 ATTACKS = ["apgd-ce", "apgd-t", "fab-t"]
 DUAL = {"Linf": 1, "L2": 2, "L1": float("inf")}
@@ -339,3 +342,30 @@ def test_class_counts_that_cannot_be_right_are_refused(linear, make_images, labe
     options = {"eps": 0.01, "version": "custom", "attacks": ["apgd-ce"]}
     with pytest.raises(ValueError, match=message):
         evaluate(model, x, label(model, x), class_counts=counts, **options)
+
+
+@pytest.fixture(scope="module")
+def robust(tmp_path_factory):
+    """A network trained by N-FGSM on scanned digits, and test images with their labels."""
+    options = {"eps": 0.15, "epochs": 6, "model_options": {"width": 8}, "augment": "none", "progress": False}
+    run = train(tmp_path_factory.mktemp("robust") / "run", method="n_fgsm", lr=0.2, **options)
+    x, y = load_dataset("digits").test.tensors(80)
+    return load_model(run.published_weights()).eval(), x, y
+
+
+@pytest.mark.parametrize("batch_size", [80, 24])
+def test_a_robust_model_is_as_robust_as_pyautoattack_says(robust, batch_size):
+    model, x, y = robust
+    report = evaluate(model, x, y, eps=0.15, seed=3, batch_size=batch_size)
+    reference = pyautoattack.AutoAttack(model, norm="Linf", eps=0.15, seed=3, version="standard")
+    with torch.random.fork_rng(devices=[]):
+        tracer = sys.gettrace()
+        _, predictions = reference.run_standard_evaluation(x, y, batch_size=80)
+        sys.settrace(tracer)
+    stock = predictions == y
+    assert 0.2 < stock.double().mean() < report.clean_accuracy
+    if batch_size == 80:  # the same random draws
+        assert torch.equal(report.robust, stock)
+    low, high = report.interval
+    assert low <= stock.double().mean() <= high
+    assert not report.flags
