@@ -38,7 +38,14 @@ class Sources(NamedTuple):
     zoo_entry: str
 
 
-def sources(recipe: Mapping[str, Any], model_id: str, dataset: str, threat_model: str, entry_name: str) -> Sources:
+def sources(
+    recipe: Mapping[str, Any],
+    model_id: str,
+    dataset: str,
+    threat_model: str,
+    entry_name: str,
+    image_config: Mapping[str, Any] | None = None,
+) -> Sources:
     """Write the modules that make the network of ``recipe``, normalisation included.
 
     They import torch and either timm or RobustBench, and the state dict has the names that ours has.
@@ -49,6 +56,7 @@ def sources(recipe: Mapping[str, Any], model_id: str, dataset: str, threat_model
         dataset: What RobustBench is asked for.
         threat_model: The same.
         entry_name: What RobustBench asks timm for.
+        image_config: In timm's words, how RobustBench must read images that have no size of their own.
 
     Raises:
         ValueError: The sources would build something else than ``create_model`` does.
@@ -57,6 +65,7 @@ def sources(recipe: Mapping[str, Any], model_id: str, dataset: str, threat_model
         model = models.from_recipe(dict(recipe))
         values = {"model_id": model_id, "dataset": dataset, "threat_model": threat_model, "entry_name": entry_name}
         values |= {"ranked": is_ranked(dataset, threat_model), "recipe": recipe, "parts": _parts(model.network, recipe)}
+        values["image_config"] = image_config
         found = Sources(render("architecture.py.jinja", **values), render("zoo_entry.py.jinja", **values))
         _check(found.architecture, model)
     return found

@@ -20,7 +20,15 @@ from at_extensions.models import load_model
 from at_extensions.publishing.model_info import Paper, eps_fraction, model_info, write_model_info
 from at_extensions.publishing.pages import compact_yaml, render
 from at_extensions.publishing.standalone import sources
-from at_extensions.publishing.zoo import TEST_IMAGES, THREAT_MODELS, check_dataset, check_id, entry_name, is_ranked
+from at_extensions.publishing.zoo import (
+    TEST_IMAGES,
+    THREAT_MODELS,
+    check_dataset,
+    check_id,
+    entry_name,
+    image_config,
+    is_ranked,
+)
 from at_extensions.runs import RunDirectory, load_tensors, read_recipe
 
 CHECKSUMS = "SHA256SUMS"
@@ -60,6 +68,12 @@ class _Submission:
     @property
     def eps(self) -> str:
         return eps_fraction(self.report.eps, self.report.norm)
+
+    @property
+    def image_config(self) -> dict[str, Any] | None:
+        """How RobustBench must read ImageNet's images; other data sets' come as they are."""
+        size = (self.config.get("data") or {}).get("image_size") or 224
+        return image_config(size) if self.dataset == "imagenet" else None
 
     @property
     def ranked(self) -> bool:
@@ -186,6 +200,8 @@ def shortcomings(report: RobustnessReport, dataset: str) -> list[str]:
         found.append(f"RobustBench has no leaderboard of {dataset}")
     elif report.n_examples < TEST_IMAGES[dataset]:
         found.append(f"only {report.n_examples:,} of {TEST_IMAGES[dataset]:,} test images were attacked")
+    if dataset == "imagenet" and report.indices is not None:
+        found.append("RobustBench's ImageNet leaderboard has 5,000 images of its own, and these were drawn at random")
     if report.norm not in THREAT_MODELS:
         found.append(f"RobustBench has no leaderboard of {report.norm}")
     if report.version != "standard":
@@ -255,7 +271,12 @@ def _write(submission: _Submission, folder: Path) -> None:
     """Fill the folder; the checksums come last."""
     _write_weights(submission, folder)
     code = sources(
-        submission.recipe, submission.model_id, submission.dataset, submission.threat_model, submission.entry_name
+        submission.recipe,
+        submission.model_id,
+        submission.dataset,
+        submission.threat_model,
+        submission.entry_name,
+        submission.image_config,
     )
     _write_result(submission, folder)
     texts = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from at_extensions.models import from_recipe, load_model
 from at_extensions.publishing.model_info import check_model_info
-from at_extensions.runs import read_recipe
+from at_extensions.runs import RunDirectory, read_recipe
 
 TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
 """RobustBench's data sets, and how many test images its leaderboards ask for."""
@@ -127,6 +127,15 @@ def open_published(folder: str | Path) -> Published:
     return published
 
 
+def image_config(size: int) -> dict[str, Any]:
+    """Return in timm's words how ``folder:PATH`` brings images to a size: what RobustBench must do for ImageNet."""
+    return {"input_size": (3, size, size), "crop_pct": 0.875, "interpolation": "bilinear"}
+
+
+def _image_size(folder: Path) -> int:
+    return (RunDirectory(folder).config().get("data") or {}).get("image_size") or 224
+
+
 def register(folder: str | Path) -> Published:
     """Make a published model loadable by RobustBench, for the rest of this process.
 
@@ -160,11 +169,15 @@ def _entry_point(name: str):
     """The function that timm calls to build the model called ``name``."""
 
     def build(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, num_classes=None, **kwargs):
-        weights = open_published(_folders[name]).weights
+        published = open_published(_folders[name])
+        weights = published.weights
         recipe = dict(read_recipe(weights) or {})
         if num_classes not in (None, recipe.get("num_classes")):
             raise ValueError(f"{name} tells {recipe.get('num_classes')} classes apart, not {num_classes}")
-        return load_model(weights) if pretrained else from_recipe(recipe | kwargs)
+        model = load_model(weights) if pretrained else from_recipe(recipe | kwargs)
+        if published.dataset == "imagenet":
+            model.default_cfg = image_config(_image_size(published.folder))  # RobustBench reads images by it
+        return model
 
     build.__name__ = build.__qualname__ = name
     return build

@@ -69,13 +69,13 @@ def make_run(tmp_path):
 def make_trained(make_run):
     """Return a function that writes a run with weights, as one on CIFAR-10 with all its test images evaluated."""
 
-    def make(name="run", report=None, model="small_cnn", data="cifar10", **options):
+    def make(name="run", report=None, model="small_cnn", data="cifar10", classes=10, **options):
         report = evaluation(n=10_000) if report is None else report
-        run = make_run(name, data={"name": data, "root": "/somebody/home", "class_counts": [5000] * 10})
+        run = make_run(name, data={"name": data, "root": "/somebody/home", "class_counts": [5000] * classes})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             options = {"width": 4} | options if model == "small_cnn" else options
-            save_weights(create_model(model, 10, mean=[0.5] * 3, std=[0.25] * 3, **options), run.weights())
+            save_weights(create_model(model, classes, mean=[0.5] * 3, std=[0.25] * 3, **options), run.weights())
         run.write_evaluation(report)
         old = run.weights().stat()
         os.utime(run.weights(), ns=(old.st_atime_ns, old.st_mtime_ns - 10**9))

@@ -159,3 +159,35 @@ class TestOpening:
         self.result(folder).rename(self.result(folder).with_name("v1.5.json"))
         with pytest.raises(ValueError, match="a model id is"):
             open_published(folder)
+
+
+READS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+{hook}
+from robustbench.data import get_preprocessing
+from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+steps = get_preprocessing(BenchmarkDataset.imagenet, ThreatModel.Linf, "Sun2023Enhance_CNN-4", None)
+print(steps.transforms[0].size, steps.transforms[0].interpolation.value, steps.transforms[1].size)
+"""
+
+
+@pytest.mark.parametrize(
+    "hook", ["import at_extensions as a; a.publishing.register(sys.argv[1])", "import at_extensions, zoo_entry"]
+)
+def test_robustbench_reads_imagenet_as_the_evaluation_did(make_trained, paper, tmp_path, hook):
+    run = make_trained(report=make_trained.evaluation(n=5000, num_classes=1000), data="imagenet", classes=1000)
+    folder = publish(run, paper, "Sun2023Enhance_CNN-4", tmp_path / "out")
+    assert "'preprocessing': 'Res256Crop224'" in (folder / "model_zoo" / "entry.txt").read_text()
+    command = [sys.executable, "-c", READS.format(hook=hook), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["256", "bilinear", "(224,", "224)"]
+
+
+def test_a_random_draw_of_imagenet_is_not_ranked(make_trained, paper, tmp_path):
+    report = make_trained.evaluation(n=5000, num_classes=1000, indices=list(range(5000)))
+    run = make_trained(report=report, data="imagenet", classes=1000)
+    with pytest.raises(ValueError, match="5,000 images of its own"):
+        publish(run, paper, "Sun2023Enhance_CNN-4", tmp_path / "out")
