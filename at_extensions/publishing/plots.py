@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -185,8 +186,12 @@ def sweep(points: Sequence[SweepPoint], accuracy: str = "robust accuracy") -> Fi
             axes.plot(list(means), [sum(v) / len(v) for v in means.values()], color=_hue(i), linewidth=1.2)
             trained = [(x, p.robust_train) for x, p in zip(xs, group) if p.robust_train is not None]
             axes.plot(*zip(*trained), "o", color=_hue(i), markersize=5, markerfacecolor="none") if trained else None
-    for axes, title in zip(panels, ("Nominal lr / batch size", "Effective lr / batch size")):
-        axes.set(title=title, xscale="log", xlabel="lr / batch size")
+    titles = {"ratio": "Nominal lr / batch size", "effective_ratio": "Effective lr / batch size"}
+    for axes, (key, title) in zip(panels, titles.items()):
+        axes.set(title=title, xscale="log")
+        ticks = _apart([getattr(p, key) for p in points])
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         _percent_axis(axes.yaxis)
     panels[0].set_ylabel(accuracy)
     entries = [Line2D([], [], color=_hue(i), marker="o", label=name) for i, name in enumerate(series)]
@@ -196,6 +201,17 @@ def sweep(points: Sequence[SweepPoint], accuracy: str = "robust accuracy") -> Fi
         )
     figure.legend(handles=entries, loc="outside lower center", ncols=4)
     return figure
+
+
+def _apart(values: Sequence[float], least: float = 0.12) -> list[float]:
+    """Those of positive values that stand at least a share of their range apart on a logarithmic axis."""
+    places = sorted(set(values))
+    span = math.log(places[-1] / places[0]) or 1.0
+    kept = places[:1]
+    for place in places[1:]:
+        if math.log(place / kept[-1]) >= least * span:
+            kept.append(place)
+    return kept
 
 
 def _key(figure: Figure, entries: Mapping[str, str]) -> None:

@@ -70,6 +70,12 @@ def test_the_figure_shows_every_point_in_both_panels():
     assert drawn == [(0.001, 0.3), (0.002, 0.4), (0.002, 0.6), (0.001, 0.7)]
     (means, _) = (line.get_xydata().tolist() for line in effective.lines if line.get_linestyle() == "-")
     assert means == [[0.001, 0.3], [0.002, 0.5]]
+    assert [tick.get_text() for tick in nominal.get_xticklabels()] == ["0.001", "0.002"]
+
+
+def test_ticks_do_not_crowd():
+    points = sweep("sgd", [0.1, 0.101, 0.2, 1.0], [0.3] * 4)
+    assert [t.get_text() for t in plots.sweep(points).axes[0].get_xticklabels()] == ["0.001", "0.002", "0.01"]
 
 
 def test_the_report_of_a_sweep_draws_it(make_run, tmp_path, read):
