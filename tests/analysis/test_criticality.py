@@ -428,28 +428,33 @@ class Remembers(Cnn):
         return super().forward(x)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [Cnn, Remembers, DependsOnData])
-def test_the_model_comes_back_as_it_was(untouched, kind):
+def test_the_model_comes_back_as_it_was(untouched, kind, device):
     torch.manual_seed(100)
-    model, images = kind(), torch.rand(4, 3, 8, 8)
+    model, images = kind().to(device), torch.rand(4, 3, 8, 8, device=device)
     model.train()
     model.conv2.eval()
     model.conv1.weight.requires_grad_(False)
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     images_before = images.clone()
     with untouched(model):
-        result = layer_criticality(model, images, torch.zeros(4).long(), fresh=own(kind), trials=2)
+        result = layer_criticality(model, images, torch.zeros(4).long().to(device), fresh=own(kind), trials=2)
     assert torch.equal(images, images_before)
     assert result.values == layer_criticality(model.eval(), images, fresh=own(kind), trials=2).values
     assert vars(model).get("last") is None
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 9])
-def test_the_model_comes_back_after_an_exception(untouched, stop, step):
+def test_the_model_comes_back_after_an_exception(untouched, stop, step, device):
     """Stopped in the first pass, while it is recorded, compared, or run whole."""
     torch.manual_seed(100)
-    model, images = DependsOnData().train(), torch.rand(4, 3, 8, 8)
+    model, images = DependsOnData().train().to(device), torch.rand(4, 3, 8, 8, device=device)
     passes = iter(range(step - 1))
 
     def interrupt(*_):
