@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import sympy  # noqa: F401  # torch imports it at its first trace, and it adds a warning filter
 import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
