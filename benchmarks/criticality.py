@@ -68,7 +68,7 @@ def prepare(case: Case, args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(args.seed)
     if case is SHIPPED:
         weights = Path(find_spec("pyautoattack").origin).parent / "examples" / "model_test.pt"
-        images = torch.rand(args.images or case.images, 3, case.side, case.side)
+        images = torch.rand(args.narrow_images, 3, case.side, case.side)
         if args.data:
             images, _ = load_dataset(args.data, val_fraction=0.0).test.subset(len(images), seed=0).tensors()
         return open_model("cifar_resnet18", weights).model.to(args.device), images.to(args.device)
@@ -194,7 +194,7 @@ def until_narrow(argv: list[str], args: argparse.Namespace) -> dict:
     return {
         "network": "the CIFAR-10 ResNet-18 in pyautoattack's wheel",
         "data": args.data or "random images",
-        "images": args.images or SHIPPED.images,
+        "images": args.narrow_images,
         "ci_width": args.ci_width,
         "trials": trials,
         "seconds": {"where_needed": round(adaptive["seconds"], 2), "equal": round(equal["seconds"], 2)},
@@ -212,6 +212,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="each network's own by default")
     parser.add_argument("--memory-limit", type=int, default=2 * 2**30)
     parser.add_argument("--data", help="CIFAR-10 for the second part; random images by default")
+    parser.add_argument("--narrow-images", type=int, default=SHIPPED.images, help="images of the second part")
     parser.add_argument("--ci-width", type=float, default=0.1)
     parser.add_argument("--max-trials", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
