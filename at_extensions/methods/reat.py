@@ -63,8 +63,8 @@ class REAT(Method):
     width 16, N-FGSM, 300 test images, clean) the KL between features of a pair was 0.03 on average and at most 0.34. So
     the bound leaves ordinary pairs alone, and TAIL cannot fall below -max W.
 
-    The defaults are the released algorithm, by measurement (``benchmarks/reproduce.py reat --scale cpu``: CIFAR-10-LT of
-    ratio 0.02, 12 epochs with PGD-3, a ResNet-18 of width 8, 10,000 balanced test images under PGD-20, last epoch,
+    The defaults are the released algorithm, by measurement (``benchmarks/reproduce.py reat --scale cpu``: CIFAR-10-LT
+    of ratio 0.02, 12 epochs with PGD-3, a ResNet-18 of width 8, 10,000 balanced test images under PGD-20, last epoch,
     three paired seeds). Against ``BalancedSoftmaxAT``, whose loss it nearly is, the released form gained 0.5 points
     (95 %: -0.7 to 1.6), which is no difference that this scale can tell from 0, as the two defects predict. The
     pairwise form with logit weighting lost 1.8 (1.5 to 2.1), and 14 on the tail: mended at ``tail_weight=1``, the
