@@ -89,12 +89,7 @@ OPTIMIZERS = {
 RATES, EFFECTIVE_RATES = (0.1, 0.3), (0.3, 1.0)
 EFFECTIVE = {"sgd": 1.0, "momentum": 0.1, "deat": 5**0.5}  # nominal rate of each at an effective rate of 1
 NOMINAL = [(name, lr) for lr in RATES for name in OPTIMIZERS]
-
-
-def matched(effective: float) -> list[tuple[str, float]]:
-    """Return the rate of each optimiser at which it moves as far as plain SGD at that rate."""
-    return [(name, effective * nominal) for name, nominal in EFFECTIVE.items()]
-
+MATCHED = [(name, lr * EFFECTIVE[name]) for lr in EFFECTIVE_RATES for name in OPTIMIZERS]
 
 STUDIES = {
     "baseline": Study(
@@ -157,8 +152,7 @@ STUDIES = {
     "deat": Study(
         question="Does DEAT make PGD-AT more robust than plain SGD and SGD with momentum 0.9 at the same nominal rate, "
         "and does that survive matching the effective rate?",
-        arms={f"{name}_{lr:g}": Arm(OPTIMIZERS[name] | {"lr": lr}) for name, lr in NOMINAL + matched(1.0)},
-        ablations={f"{name}_{lr:g}": Arm(OPTIMIZERS[name] | {"lr": lr}) for name, lr in matched(0.3)},
+        arms={f"{name}_{lr:g}": Arm(OPTIMIZERS[name] | {"lr": lr}) for name, lr in NOMINAL + MATCHED},
         common={
             "cpu": SMALL_NET
             | {"method": "pgd", "steps": 3, "alpha": 4 / 255, "val_fraction": 0.01, "val_steps": 5}
