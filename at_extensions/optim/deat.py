@@ -34,8 +34,9 @@ class DEAT(Optimizer):
     outer learning rates. What it does not say: at a constant rate the displacement telescopes to -a' times the sum of
     all gradients, so the added noise alternates in sign and mostly cancels over many steps, and with the default k1 a
     step is sqrt(5) times shorter than plain SGD's and 22 times shorter than that of SGD with momentum 0.9 at the same
-    lr. ``at_extensions.analysis.diffusion`` computes both and finds the rates at which optimisers match. In our own short
-    runs (``benchmarks/reproduce.py deat --scale cpu``) it gained nothing over either, at equal nominal or effective lr.
+    lr. ``at_extensions.analysis.diffusion`` computes both and finds the rates at which optimisers match. In our own
+    short runs (``benchmarks/reproduce.py deat --scale cpu``) it gained nothing over either, at equal nominal or
+    effective lr.
 
     Weight decay: the paper does not state the style. Coupled (default) adds ``weight_decay * theta`` to the gradient,
     as ``torch.optim.SGD`` does, so in the long run weights shrink by a' * weight_decay a step; ``decoupled=True``
