@@ -67,8 +67,9 @@ class REAT(Method):
     of ratio 0.02, 12 epochs with PGD-3, a ResNet-18 of width 8, 10,000 balanced test images under PGD-20, last epoch,
     three paired seeds). Against ``BalancedSoftmaxAT``, whose loss it nearly is, the released form gained 0.5 points
     (95 %: -0.7 to 1.6), which is no difference that this scale can tell from 0, as the two defects predict. The
-    pairwise form with logit weighting lost 1.8 (1.5 to 2.1), and 14 on the tail: mended at ``tail_weight=1``, the
-    algorithm gets worse. Which of the two options does it, and other coefficients, are not measured.
+    pairwise form with logit weighting lost 1.8 (1.5 to 2.1), and 14 on the tail: at the epoch that
+    validation chose that is 1.4 (-1.2 to 4.0) and not decided. Which of the two options does it, and other
+    coefficients, are not measured.
 
     Call ``epoch_end()`` after each epoch. Over several processes it adds up their counts. The counts of the running
     epoch and the weights are buffers, so the state dict has them.
