@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
 
     By default big tensors go back to the system when they are freed, and their pages are faulted in and zeroed anew in
     the next step: from nothing to 39 % of a training step in ``benchmarks/training_step.py``. Kept, memory stays at its
-    peak until the process ends. The commands of ``at-extensions`` call this; in a program of your own, call it before the first big tensor.
+    peak until the process ends. The commands of ``at-extensions`` call this; in a program of your own, call it before
+    the first big tensor.
 
     Nothing is done, and False returned, where malloc is not glibc's (macOS, Windows, musl) or where the environment
     already says how to allocate (``MALLOC_*``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``). GPU memory is not concerned.
