@@ -32,7 +32,7 @@ from at_extensions.data import load_dataset
 from at_extensions.memory import keep_freed_memory
 from at_extensions.publishing import criticality_plots as plots
 from at_extensions.publishing.criticality import write_criticality
-from at_extensions.publishing.plots import save_png
+from at_extensions.publishing.figures import save_png
 from at_extensions.runs import write_json
 from measuring import machine
 

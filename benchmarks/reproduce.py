@@ -31,7 +31,7 @@ from at_extensions.evaluation import count_correct, evaluate
 from at_extensions.evaluation.accuracy import count_correct_by_class
 from at_extensions.memory import keep_freed_memory
 from at_extensions.models import load_model
-from at_extensions.publishing import plots
+from at_extensions.publishing import figures, sweep_plots
 from at_extensions.publishing.sweeps import is_sweep, rank_correlations, sweep_point
 from at_extensions.runs import RunDirectory, write_json
 from at_extensions.training import train
@@ -286,7 +286,7 @@ def sweep(results: list[dict], folder: Path) -> dict:
     ]
     if not is_sweep(points):
         return {}
-    plots.save_png(plots.sweep(points, "PGD-20 accuracy, last epoch"), folder / "lr_batch.png")
+    figures.save_png(sweep_plots.sweep(points, "PGD-20 accuracy, last epoch"), folder / "lr_batch.png")
     return {"rank_correlations": [asdict(row) for row in rank_correlations(points)]}
 
 

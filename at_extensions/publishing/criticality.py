@@ -17,7 +17,7 @@ from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_eps, parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.publishing import criticality_plots as plots
-from at_extensions.publishing.plots import save_png
+from at_extensions.publishing.figures import save_png
 from at_extensions.runs import write_json, write_text
 
 _COLUMNS = ("model", "layer", "stage", "criticality", "std", "low", "high", "trials", "accuracy_after", "settled")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from at_extensions.publishing import plots
+from at_extensions.publishing import figures, plots, sweep_plots
 from at_extensions.publishing.commands import evaluate_command, train_command
 from at_extensions.publishing.model_info import eps_fraction
 from at_extensions.publishing.pages import compact_yaml, render
@@ -189,7 +189,7 @@ def _figures(
     if histories:
         drawn["curves"] = plots.training_curves(histories), "Training curves: accuracy and loss by epoch"
     if points:
-        figure = plots.sweep(points, _sweep_accuracy(pages)[0])
+        figure = sweep_plots.sweep(points, _sweep_accuracy(pages)[0])
         drawn["sweep"] = figure, "Robust accuracy against learning rate over batch size, nominal and effective"
     if evaluated:
         drawn["bars"] = plots.accuracy_bars(evaluated), "Clean and robust accuracy of each run"
@@ -197,14 +197,14 @@ def _figures(
         drawn["attacks"] = plots.after_attack(attacked), "Accuracy left after each attack"
     if by_class:
         drawn["classes"] = plots.per_class_bars(by_class, class_names), "Clean and robust accuracy of each class"
-    return {name: plots.to_svg(figure, name, text) for name, (figure, text) in drawn.items()}
+    return {name: figures.to_svg(figure, name, text) for name, (figure, text) in drawn.items()}
 
 
 def _triples(pages: Sequence[_Run], class_names: Sequence[str] | None) -> list[dict[str, str]]:
     return [
         {
             "label": page.label,
-            "svg": plots.to_svg(
+            "svg": figures.to_svg(
                 plots.triples(page.examples, class_names=class_names),
                 f"triples-{i}",
                 f"Images, perturbations and adversarial images of {page.label}, with predictions",

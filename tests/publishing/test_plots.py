@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from at_extensions.publishing import plots
+from at_extensions.publishing import figures, plots
 
 
 def lines_of(axes):
@@ -93,7 +93,7 @@ def every_figure(make_run):
 
 def test_svg_is_well_formed_self_contained_and_has_its_own_ids(make_run):
     for i, figure in enumerate(every_figure(make_run)):
-        text = plots.to_svg(figure, f"f{i}", 'say "<hi>"')
+        text = figures.to_svg(figure, f"f{i}", 'say "<hi>"')
         root = ET.fromstring(text.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
         assert "http" not in text
         assert "<!--" not in text
@@ -107,22 +107,22 @@ def test_svg_is_well_formed_self_contained_and_has_its_own_ids(make_run):
 
 
 def test_the_same_figure_gives_the_same_text(make_run):
-    texts = [plots.to_svg(plots.accuracy_bars({"a": make_run.evaluation()}), "f", "") for _ in range(2)]
+    texts = [figures.to_svg(plots.accuracy_bars({"a": make_run.evaluation()}), "f", "") for _ in range(2)]
     assert texts[0] == texts[1]
 
 
 def test_png_is_an_image():
-    data = plots.to_png(plots.accuracy_bars({"a": {"clean_accuracy": 1.0, "robust_accuracy": 0.5}}), dpi=50)
+    data = figures.to_png(plots.accuracy_bars({"a": {"clean_accuracy": 1.0, "robust_accuracy": 0.5}}), dpi=50)
     image = Image.open(io.BytesIO(base64.b64decode(data.removeprefix("data:image/png;base64,"))))
     assert image.size == (480, 82)
     assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_users_style_is_neither_read_nor_changed(make_run):
-    plain = plots.to_svg(plots.accuracy_bars({"a": make_run.evaluation()}), "f", "")
+    plain = figures.to_svg(plots.accuracy_bars({"a": make_run.evaluation()}), "f", "")
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "none"}):
         before = dict(mpl.rcParams)
-        assert plots.to_svg(plots.accuracy_bars({"a": make_run.evaluation()}), "f", "") == plain
+        assert figures.to_svg(plots.accuracy_bars({"a": make_run.evaluation()}), "f", "") == plain
         with pytest.raises(KeyError):
             plots.accuracy_bars({"a": {}})
         assert dict(mpl.rcParams) == before
@@ -130,8 +130,8 @@ def test_the_users_style_is_neither_read_nor_changed(make_run):
 
 def test_no_pyplot_and_no_backend_is_loaded():
     code = (
-        "import sys; from at_extensions.publishing import plots\n"
-        "plots.to_svg(plots.accuracy_bars({'a': {'clean_accuracy': 1.0, 'robust_accuracy': 0.5}}), 'f', '')\n"
+        "import sys; from at_extensions.publishing import figures, plots\n"
+        "figures.to_svg(plots.accuracy_bars({'a': {'clean_accuracy': 1.0, 'robust_accuracy': 0.5}}), 'f', '')\n"
         "import matplotlib; print('matplotlib.pyplot' in sys.modules, matplotlib.get_backend(auto_select=False))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

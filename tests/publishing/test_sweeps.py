@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from at_extensions.publishing import plots, write_report
+from at_extensions.publishing import sweep_plots, write_report
 from at_extensions.publishing.sweeps import is_sweep, rank_correlations, sweep_point
 
 PLAIN = {"optimizer": "sgd", "momentum": 0.0, "batch_size": 100}
@@ -65,7 +65,7 @@ def test_three_ratios_of_one_optimiser_make_a_sweep():
 
 def test_the_figure_shows_every_point_in_both_panels():
     points = sweep("sgd", [0.1, 0.2, 0.2], [0.3, 0.4, 0.6]) + sweep("deat", [0.1], [0.7])
-    nominal, effective = plots.sweep(points).axes
+    nominal, effective = sweep_plots.sweep(points).axes
     drawn = [tuple(xy) for line in nominal.lines if line.get_linestyle() == "None" for xy in line.get_xydata()]
     assert drawn == [(0.001, 0.3), (0.002, 0.4), (0.002, 0.6), (0.001, 0.7)]
     (means, _) = (line.get_xydata().tolist() for line in effective.lines if line.get_linestyle() == "-")
@@ -75,7 +75,7 @@ def test_the_figure_shows_every_point_in_both_panels():
 
 def test_ticks_do_not_crowd():
     points = sweep("sgd", [0.1, 0.101, 0.2, 1.0], [0.3] * 4)
-    assert [t.get_text() for t in plots.sweep(points).axes[0].get_xticklabels()] == ["0.001", "0.002", "0.01"]
+    assert [t.get_text() for t in sweep_plots.sweep(points).axes[0].get_xticklabels()] == ["0.001", "0.002", "0.01"]
 
 
 def test_the_report_of_a_sweep_draws_it(make_run, tmp_path, read):

@@ -222,23 +222,23 @@ class Overridden(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("conv", "norm", "folded"),
     [
-        (nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False), 2),
-        (nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, eps=0.1), 2),
-        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.SyncBatchNorm(4), 2),
-        (nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.BatchNorm2d(4, momentum=None), 2),
-        (nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), 1),
-        (nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), 1),
-        (nn.Conv2d(3, 4, 3, padding=1), Overridden(4), 1),
-        (Standardised(3, 4, 3), nn.BatchNorm2d(4), 1),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.BatchNorm2d(4), 1),
-        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.BatchNorm2d(4), 1),
-        (nn.utils.spectral_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.BatchNorm2d(4), 1),
-        (nn.ConvTranspose2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), 1),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False), 2),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, eps=0.1), 2),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.SyncBatchNorm(4), 2),
+        (lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.BatchNorm2d(4, momentum=None), 2),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), 1),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), 1),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1), Overridden(4), 1),
+        (lambda: Standardised(3, 4, 3), nn.BatchNorm2d(4), 1),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.BatchNorm2d(4), 1),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.BatchNorm2d(4), 1),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.BatchNorm2d(4), 1),
+        (lambda: nn.ConvTranspose2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), 1),
     ],
 )
 def test_only_layers_whose_forward_is_known_fold(conv, norm, folded):
-    torch.manual_seed(0)
-    model = double(Wired(chained, conv, norm))
+    torch.manual_seed(1)
+    model = double(Wired(chained, conv(), norm))
     twin = fold_batchnorm(model)
     assert twin.folded == folded
     if not isinstance(norm, nn.SyncBatchNorm):  # which trains on GPUs alone

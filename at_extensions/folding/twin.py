@@ -1,27 +1,20 @@
-"""A frozen twin of a model in eval mode, BatchNorm folded into the convolutions before it, for attacks to search on."""
+"""A frozen twin of a model in eval mode, for attacks to search on: folded BatchNorm, and the faster convolutions."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-import sys
-from collections import Counter
-from collections.abc import Callable
-from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
 
 from at_extensions.checks import check_model, device_of
+from at_extensions.folding.convolution import FastConv2d
+from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout
+from at_extensions.folding.tracing import foldable_norms, foldable_pairs, is_exactly, is_hooked, trace
 
 _log = logging.getLogger(__name__)
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fold_batchnorm(
@@ -70,7 +63,8 @@ class FoldedTwin(nn.Module):
     Call ``refresh()`` after the model's weights, running statistics, device or dtype changed: once a training step,
     under the autocast that the attack will run under. Its cost is one multiplication of the weights by their scales;
     nothing waits for the device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
-    none, and the twin then runs under that autocast wherever it is called.
+    none, and the twin then runs under that autocast wherever it is called. On a CPU, convolutions of many channels are
+    computed in the ways of ``convolution.FastConv2d``.
 
     Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
     of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
@@ -97,8 +91,8 @@ class FoldedTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
-        if self._layout is torch.channels_last and x.ndim == 4:
-            x = _ChannelsLast.apply(x)
+        if self._layout is torch.channels_last and x.ndim == 4 and not x.is_contiguous(memory_format=self._layout):
+            x = InLayout.apply(x, torch.channels_last)
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             return self.network(x)
 
@@ -115,6 +109,8 @@ class FoldedTwin(nn.Module):
                 self._share(shared)
             for fold in self._folds:
                 self._fold(fold)
+        for conv in self._fast:
+            conv.forget()
         return self
 
     def train(self, mode: bool = True) -> FoldedTwin:
@@ -129,24 +125,27 @@ class FoldedTwin(nn.Module):
         model = self._model[0]
         network = _copy_sharing_tensors(model).eval()
         live = dict(zip(network.modules(), model.modules(), strict=True))
-        trace = _trace(network)
-        pairs = _foldable_pairs(network, trace)
-        for norm in [m for m in network.modules() if type(m) in (*_PLAIN_NORMS, *_foldable_norms())]:
+        traced = trace(network)
+        pairs = foldable_pairs(network, traced)
+        for norm in [m for m in network.modules() if type(m) in (*_PLAIN_NORMS, *foldable_norms())]:
             if "forward" not in vars(norm) and norm.running_mean is not None:
-                norm.__class__ = _EvalNorm  # by class, not by a new module: whoever else holds the norm sees it too
+                norm.__class__ = EvalNorm  # by class, not by a new module: whoever else holds the norm sees it too
         for conv, norm in pairs:
-            norm.__class__ = _FoldedNorm
+            norm.__class__ = FoldedNorm
             conv.weight, conv.bias = (nn.Parameter(torch.empty(0), requires_grad=False) for _ in range(2))
         self.network = network
         self._own: set[nn.Parameter] = set()  # those whose memory is not the model's
         self._modules_seen = list(live.values())
-        self._folds = [_Fold(live[conv], live[norm], conv, trace.lowers(conv)) for conv, norm in pairs]
+        self._folds = [_Fold(live[conv], live[norm], conv, traced.lowers(conv)) for conv, norm in pairs]
         folded = {conv for conv, _ in pairs}
         self._shared = [
-            _Shared(live[module], module, _is_exactly(module, _LOWERED) and trace.lowers(module))
+            _Shared(live[module], module, is_exactly(module, _LOWERED) and traced.lowers(module))
             for module in network.modules()
             if module not in folded and (module._parameters or module._buffers)
         ]
+        self._fast = [module for module in network.modules() if is_exactly(module, (nn.Conv2d,))]
+        for conv in self._fast:
+            conv.__class__ = FastConv2d
 
     def _is_stale(self) -> bool:
         """Whether modules of the model were exchanged, or a folded one got a hook, since the twin was built."""
@@ -155,7 +154,7 @@ class FoldedTwin(nn.Module):
         return (
             len(now) != len(seen)
             or any(a is not b for a, b in zip(now, seen))
-            or any(_is_hooked(fold.conv) or _is_hooked(fold.norm) for fold in self._folds)
+            or any(is_hooked(fold.conv) or is_hooked(fold.norm) for fold in self._folds)
         )
 
     def _wants_channels_last(self, device: torch.device) -> bool:
@@ -233,37 +232,6 @@ _LOWERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def _foldable_norms() -> tuple[type, ...]:
-    """Return the BatchNorms of images whose forward is known: torch's, and timm's with its activation inside."""
-    return nn.BatchNorm2d, nn.SyncBatchNorm, *_loaded("timm.layers.norm_act", "BatchNormAct2d")
-
-
-def _foldable_convs() -> tuple[type, ...]:
-    """Return the convolutions that are linear in their weight: torch's, and timm's that pads as TensorFlow does."""
-    return nn.Conv2d, *_loaded("timm.layers.conv2d_same", "Conv2dSame")
-
-
-def _loaded(module: str, name: str) -> tuple[type, ...]:
-    """Return a class of a package, if somebody has imported it."""
-    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def _is_exactly(module: nn.Module, types: tuple[type, ...]) -> bool:
-    """Whether a module is of one of these very types, and nobody hooks, overrides or reparametrizes it."""
-    parameters = module._parameters.values()
-    return (
-        type(module) in types
-        and not _is_hooked(module)
-        and "forward" not in vars(module)
-        and "weight" in module._parameters
-        and all(p is None or type(p) is nn.Parameter for p in parameters)
-    )
-
-
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """Copy a model's modules; its hooks and the memory of its parameters stay shared, its buffers are cloned."""
     memo: dict[int, object] = {}
@@ -278,147 +246,3 @@ def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()  # a trace may write into one; refresh() shares them
     return copy.deepcopy(model, memo)
-
-
-class _Tracer(fx.Tracer):
-    """Records which module's output goes where; looks inside containers of modules ``of_interest`` alone.
-
-    Attributes:
-        read: Ids of the tensors that are read outside the module they belong to.
-        lowered: Modules seen to run under autocast.
-        full_precision: Modules seen to run where the model has switched it off.
-    """
-
-    def __init__(self, device: torch.device, of_interest: tuple[type, ...]):
-        super().__init__()
-        self.device = device
-        self.of_interest = of_interest
-        self.read: set[int] = set()
-        self.lowered: set[nn.Module] = set()
-        self.full_precision: set[nn.Module] = set()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one node of the graph; where a hook would see what goes in or out, all of it is."""
-        if isinstance(m, (_ConvNd, _BatchNorm)) or _is_hooked(m):
-            return True
-        return not any(isinstance(inner, self.of_interest) for inner in m.modules())
-
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
-        """Note whether autocast is on."""
-        (self.lowered if torch.is_autocast_enabled(self.device.type) else self.full_precision).add(m)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict) -> object:
-        """Note that a tensor was read."""
-        if isinstance(attr_val, Tensor):
-            self.read.add(id(attr_val))
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-class _Trace(NamedTuple):
-    """A forward pass: its graph, how often each module runs, and what the tracer noted."""
-
-    graph: fx.Graph
-    calls: Counter[nn.Module]
-    tracer: _Tracer
-
-    def is_read(self, module: nn.Module) -> bool:
-        """Whether others read the module's tensors."""
-        return any(id(t) in self.tracer.read for t in chain(module.parameters(), module.buffers()))
-
-    def lowers(self, module: nn.Module) -> bool:
-        """Whether autocast casts the module's weights, and nobody else would see them cast."""
-        return module in self.tracer.lowered - self.tracer.full_precision and not self.is_read(module)
-
-
-def _trace(network: nn.Module) -> _Trace:
-    if "forward" in vars(network):
-        raise ValueError("its forward was replaced on the instance, which a trace does not follow")
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(network.forward).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    device = device_of(network)
-    # a forward that draws random numbers would draw them now
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.autocast(device.type):
-        try:
-            tracer = _Tracer(device, (_ConvNd, _BatchNorm))
-            graph = tracer.trace(network, defaults or None)
-        except Exception:  # control flow on values: it may lie in a head that holds convolutions but no BatchNorm
-            tracer = _Tracer(device, (_BatchNorm,))
-            graph = tracer.trace(network, defaults or None)
-    called = [network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"]
-    return _Trace(graph, Counter(inner for module in called for inner in module.modules()), tracer)
-
-
-def _foldable_pairs(network: nn.Module, trace: _Trace) -> list[tuple[nn.Module, nn.Module]]:
-    """Return (convolution, BatchNorm) wherever the one feeds the other and nothing else."""
-    convs, norms = _foldable_convs(), _foldable_norms()
-    pairs = []
-    for node in trace.graph.nodes:
-        source = node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
-            continue
-        conv, norm = network.get_submodule(source.target), network.get_submodule(node.target)
-        if (
-            _is_exactly(conv, convs)
-            and _is_exactly(norm, norms)
-            and trace.calls[conv] == trace.calls[norm] == 1
-            and not (trace.is_read(conv) or trace.is_read(norm))
-            and norm.running_mean is not None
-            and norm.num_features == conv.out_channels
-        ):
-            pairs.append((conv, norm))
-    return pairs
-
-
-class _FoldedNorm(_BatchNorm):
-    """A BatchNorm that is part of the convolution before it; what timm's does after it stays."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _activate(self, x)
-
-
-class _EvalNorm(_BatchNorm):
-    """A BatchNorm in eval mode whose weights need no gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            x = _EvalBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        else:
-            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return _activate(self, x)
-
-
-def _activate(norm: nn.Module, x: Tensor) -> Tensor:
-    return norm.act(norm.drop(x)) if "act" in norm._modules else x
-
-
-class _EvalBatchNorm(torch.autograd.Function):
-    """BatchNorm in eval mode; on the CPU torch's own backward also sums over the batch for the weights' gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        ctx.save_for_backward(var, weight)
-        ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        # dx = gamma / sqrt(var + eps) grad: a BatchNorm without mean and shift
-        var, weight = ctx.saved_tensors
-        grad = F.batch_norm(grad, torch.zeros_like(var), var, weight, None, False, 0.0, ctx.eps)
-        return grad, None, None, None, None, None
-
-
-class _ChannelsLast(torch.autograd.Function):
-    """The same images in channels_last, and their gradient in the usual layout, which attacks may ``view``."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.contiguous()

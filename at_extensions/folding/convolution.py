@@ -1,0 +1,73 @@
+"""Which way of computing a convolution is the fastest on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from at_extensions.folding import winograd
+from at_extensions.folding.layers import InLayout
+
+# Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): below, the direct convolution is as fast.
+_CHANNELS, _TILES = 160, 32  # from where Winograd pays for its transforms: in and out, and tiles of a batch
+_PIXELS, _WEIGHTS = 16, 2**17  # up to so few pixels with so large weights, channels_last is slow in bf16
+
+
+class FastConv2d(nn.Conv2d):
+    """A convolution of a twin, its weights frozen.
+
+    Instances are not made: a ``nn.Conv2d`` becomes one by its class. On a CPU, in float32 and float64, 3 x 3
+    convolutions of many channels multiply as ``winograd`` does; in bfloat16, those of many channels and few pixels
+    leave channels_last. Which way is taken depends on shapes and dtypes alone. What is computed of the weights is kept
+    until ``forget()``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what ``nn.Conv2d`` would."""
+        if x.device.type != "cpu" or x.ndim != 4 or self.padding_mode != "zeros" or torch.compiler.is_compiling():
+            return super().forward(x)
+        if self._takes_winograd(x):
+            return winograd.conv2d(x, self._derived(winograd.transform), self.bias)
+        if self._leaves_channels_last(x):
+            weight = self._derived(Tensor.contiguous)
+            x = InLayout.apply(x, torch.contiguous_format)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+        return super().forward(x)
+
+    def forget(self) -> None:
+        """Let go of what was computed of the weights, which have changed."""
+        self._of_weight = None
+
+    def _derived(self, function: Callable) -> object:
+        """Return a function of the weights, computed at most once until they change."""
+        if self._of_weight is None or self._of_weight[0] is not function:
+            self._of_weight = function, function(self.weight.detach())
+        return self._of_weight[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_of_weight": None}
+
+    def _takes_winograd(self, x: Tensor) -> bool:
+        tiles = len(x) * -(-x.shape[2] // winograd.TILE) * -(-x.shape[3] // winograd.TILE)
+        return (
+            (self.kernel_size, self.stride, self.dilation, self.groups) == ((3, 3), (1, 1), (1, 1), 1)
+            and self.padding in ((1, 1), "same")
+            and min(self.in_channels, self.out_channels) >= _CHANNELS
+            and tiles >= _TILES
+            and x.dtype == self.weight.dtype
+            and (x.dtype is torch.float64 or (x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")))
+        )
+
+    def _leaves_channels_last(self, x: Tensor) -> bool:
+        pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+        return (
+            self.weight.dtype is torch.bfloat16
+            and pixels <= _PIXELS
+            and self.weight.numel() // self.kernel_size[0] // self.kernel_size[1] >= _WEIGHTS
+            and self.groups == 1
+            and self.weight.is_contiguous(memory_format=torch.channels_last)
+            and not self.weight.is_contiguous()
+        )

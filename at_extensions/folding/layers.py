@@ -1,0 +1,64 @@
+"""What the layers of a model become in its twin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class FoldedNorm(_BatchNorm):
+    """A BatchNorm that is part of the convolution before it; what timm's does after it stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what comes in, activated where the BatchNorm is one with its activation."""
+        return _activate(self, x)
+
+
+class EvalNorm(_BatchNorm):
+    """A BatchNorm in eval mode whose weights need no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the BatchNorm would."""
+        if x.device.type == "cpu":
+            x = _EvalBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return _activate(self, x)
+
+
+def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm.act(norm.drop(x)) if "act" in norm._modules else x
+
+
+class _EvalBatchNorm(torch.autograd.Function):
+    """BatchNorm in eval mode; on the CPU torch's own backward also sums over the batch for the weights' gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # dx = gamma / sqrt(var + eps) grad: a BatchNorm without mean and shift
+        var, weight = ctx.saved_tensors
+        grad = F.batch_norm(grad, torch.zeros_like(var), var, weight, None, False, 0.0, ctx.eps)
+        return grad, None, None, None, None, None
+
+
+class InLayout(torch.autograd.Function):
+    """The same tensor in another layout, and its gradient in the one that the tensor had: attacks may ``view`` it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: torch.memory_format) -> Tensor:
+        """Return the tensor in ``layout``."""
+        ctx.layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        return x.contiguous(memory_format=layout)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Return the gradient in the tensor's own layout."""
+        return grad.contiguous(memory_format=ctx.layout), None
