@@ -10,13 +10,14 @@ errors are relative, against float64.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from at_extensions.folding.convolution import FastConv2d
+from at_extensions.folding.convolution import FastConv2d, make_fast
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import write_json
 from measuring import load, machine, seconds
@@ -45,9 +46,8 @@ def compare(shape: str, precision: str, args: argparse.Namespace) -> dict:
     conv = nn.Conv2d(inputs, outputs, 3, padding=1).requires_grad_(False)
     x, cotangent = torch.randn(args.batch_size, inputs, side, side), torch.randn(args.batch_size, outputs, side, side)
     conv, x, cotangent = (part.to(DTYPES[precision], **layout) for part in (conv, x, cotangent))
-    truth = gradient(nn.Conv2d.double(_copy(conv, nn.Conv2d)), x.double(), cotangent.double())
-    ways = {"torch": conv, "twin": _copy(conv, FastConv2d)}
-    ways["twin"].forget()
+    truth = gradient(copy.deepcopy(conv).double(), x.double(), cotangent.double())
+    ways = {"torch": conv, "twin": make_fast([copy.deepcopy(conv)])[0]}
     found: dict = {"seconds": {way: [] for way in ways}, "errors": {}}
     for way, module in ways.items():
         found["errors"][way] = [error(a, t) for a, t in zip(gradient(module, x, cotangent), truth)]
@@ -57,13 +57,6 @@ def compare(shape: str, precision: str, args: argparse.Namespace) -> dict:
     ours, plain = (statistics.median(found["seconds"][way]) for way in ("twin", "torch"))
     found["weights_seconds"] = _preparation(ways["twin"], x, cotangent, ours)
     return found | {"speedup": round(plain / ours, 3)}
-
-
-def _copy(conv: nn.Conv2d, kind: type) -> nn.Conv2d:
-    copy = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1).requires_grad_(False)
-    copy.to(conv.weight.dtype, memory_format=torch.channels_last).load_state_dict(conv.state_dict())
-    copy.__class__ = kind
-    return copy
 
 
 def _preparation(conv: FastConv2d, x: Tensor, cotangent: Tensor, without: float) -> float:

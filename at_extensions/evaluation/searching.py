@@ -17,8 +17,9 @@ def search_model(
 ) -> Callable[[Tensor], Tensor]:
     """Return what to search on in place of a model in eval mode, or the model itself where nothing is faster.
 
-    BatchNorm is folded into the convolutions before it, and convolutions run in channels_last, provided that the
-    logits of ``x`` come out the same. Images stay contiguous: AutoAttack views their gradients.
+    BatchNorm is folded into the convolutions before it, convolutions run in channels_last and, on a CPU, in the ways of
+    ``folding.convolution``, provided that the logits of ``x`` come out the same. Images stay contiguous: AutoAttack
+    views their gradients.
 
     Args:
         model: The model as given; anything but a module in eval mode is returned as it is, but for ``precision``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,25 @@ from at_extensions.folding.layers import InLayout
 # Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): below, the direct convolution is as fast.
 _CHANNELS, _TILES = 160, 32  # from where Winograd pays for its transforms: in and out, and tiles of a batch
 _PIXELS, _WEIGHTS = 16, 2**17  # up to so few pixels with so large weights, channels_last is slow in bf16
+_TRANSFORMED = 2**29  # numbers that a network's transformed weights may be: 2 GiB in float32
+
+
+def make_fast(convolutions: Sequence[nn.Conv2d]) -> list[FastConv2d]:
+    """Turn a network's convolutions, in place, into those that choose their way, within a limit of memory."""
+    left = _TRANSFORMED
+    for conv in convolutions:
+        conv.__class__ = FastConv2d
+        conv.forget()
+        numbers = 2 * winograd.INNER**2 * conv.in_channels * conv.out_channels
+        conv.may_transform = conv.has_many_channels() and numbers <= left
+        left -= numbers if conv.may_transform else 0
+    return list(convolutions)
 
 
 class FastConv2d(nn.Conv2d):
     """A convolution of a twin, its weights frozen.
 
-    Instances are not made: a ``nn.Conv2d`` becomes one by its class. On a CPU, in float32 and float64, 3 x 3
+    Instances are not made: ``make_fast`` turns a ``nn.Conv2d`` into one. On a CPU, in float32 and float64, 3 x 3
     convolutions of many channels multiply as ``winograd`` does; in bfloat16, those of many channels and few pixels
     leave channels_last. Which way is taken depends on shapes and dtypes alone. What is computed of the weights is kept
     until ``forget()``.
@@ -37,6 +50,14 @@ class FastConv2d(nn.Conv2d):
             return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
         return super().forward(x)
 
+    def has_many_channels(self) -> bool:
+        """Whether Winograd's way can be taken, and pays where there are pixels enough."""
+        return (
+            (self.kernel_size, self.stride, self.dilation, self.groups) == ((3, 3), (1, 1), (1, 1), 1)
+            and self.padding in ((1, 1), "same")
+            and min(self.in_channels, self.out_channels) >= _CHANNELS
+        )
+
     def forget(self) -> None:
         """Let go of what was computed of the weights, which have changed."""
         self._of_weight = None
@@ -51,11 +72,10 @@ class FastConv2d(nn.Conv2d):
         return self.__dict__ | {"_of_weight": None}
 
     def _takes_winograd(self, x: Tensor) -> bool:
+        """Whether there are pixels enough, and the numbers have digits enough."""
         tiles = len(x) * -(-x.shape[2] // winograd.TILE) * -(-x.shape[3] // winograd.TILE)
         return (
-            (self.kernel_size, self.stride, self.dilation, self.groups) == ((3, 3), (1, 1), (1, 1), 1)
-            and self.padding in ((1, 1), "same")
-            and min(self.in_channels, self.out_channels) >= _CHANNELS
+            self.may_transform
             and tiles >= _TILES
             and x.dtype == self.weight.dtype
             and (x.dtype is torch.float64 or (x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from at_extensions.checks import check_model, device_of
-from at_extensions.folding.convolution import FastConv2d
+from at_extensions.folding.convolution import make_fast
 from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout
 from at_extensions.folding.tracing import foldable_norms, foldable_pairs, is_exactly, is_hooked, trace
 
@@ -143,9 +143,7 @@ class FoldedTwin(nn.Module):
             for module in network.modules()
             if module not in folded and (module._parameters or module._buffers)
         ]
-        self._fast = [module for module in network.modules() if is_exactly(module, (nn.Conv2d,))]
-        for conv in self._fast:
-            conv.__class__ = FastConv2d
+        self._fast = make_fast([module for module in network.modules() if is_exactly(module, (nn.Conv2d,))])
 
     def _is_stale(self) -> bool:
         """Whether modules of the model were exchanged, or a folded one got a hook, since the twin was built."""

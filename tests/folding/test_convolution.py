@@ -143,6 +143,15 @@ def test_the_weights_that_were_kept_are_forgotten_in_bfloat16_too():
     assert torch.equal(after, again)
 
 
+def test_memory_for_transformed_weights_is_bounded(taken, monkeypatch):
+    monkeypatch.setattr(convolution, "_TRANSFORMED", 3 * 36 * 160**2)
+    model = trained(Net().double())
+    twin = fold_batchnorm(model)
+    for ours, truth in zip(logits_and_gradient(twin, images()), logits_and_gradient(model, images())):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
+    assert taken["winograd"] == 1  # of two, as one alone has two times 36 x 160 x 160 numbers
+
+
 def test_a_hooked_or_padded_otherwise_convolution_stays_what_it_is(taken):
     model = trained(Net().double())
     model.second.padding_mode = "reflect"
