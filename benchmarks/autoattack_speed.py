@@ -33,7 +33,7 @@ from at_extensions.models import load_model
 from at_extensions.runs import write_json
 from measuring import machine
 
-RESULT = Path(__file__).parent / "results" / "autoattack.json"
+RESULT = Path(__file__).parent / "results" / "autoattack_speed.json"
 WAYS = ("stock", "fp32", "bf16", "one", "two", "stock_script")
 SPEEDUPS = {  # name -> (the slower, the faster)
     "fp32 / stock": ("stock", "fp32"),

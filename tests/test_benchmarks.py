@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -70,3 +71,16 @@ def test_deat_is_compared_at_equal_nominal_and_at_equal_effective_rates():
         assert sum(same.values()) == 1
         equal = {name: equal[name] + same[name] for name in equal}
     assert equal == {"nominal": 4, "effective": 4}
+
+
+def test_convolutions_are_compared_with_their_errors(monkeypatch, tmp_path):
+    convolutions = importlib.import_module("convolutions")
+    monkeypatch.setattr(convolutions, "keep_freed_memory", lambda: None)
+    out = tmp_path / "convolutions.json"
+    options = ["--shapes", "160x192x8", "--batch-size", "8", "--rounds", "2", "--precisions", "fp32", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["convolutions.py", *options])
+    convolutions.main()
+    found = json.loads(out.read_text())["shapes"]["160x192x8"]["fp32"]
+    assert [len(seconds) for seconds in found["seconds"].values()] == [2, 2]
+    assert max(found["errors"]["torch"]) < min(found["errors"]["twin"])  # two ways indeed
+    assert max(found["errors"]["twin"]) < 1e-5
