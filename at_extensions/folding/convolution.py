@@ -8,24 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from at_extensions.folding import winograd
+from at_extensions.folding import onednn, winograd
+from at_extensions.folding.fusing import Pending
 from at_extensions.folding.layers import InLayout
 
 # Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): below, the direct convolution is as fast.
 _CHANNELS, _TILES = 160, 32  # from where Winograd pays for its transforms: in and out, and tiles of a batch
 _PIXELS, _WEIGHTS = 16, 2**17  # up to so few pixels with so large weights, channels_last is slow in bf16
-_TRANSFORMED = 2**29  # numbers that a network's transformed weights may be: 2 GiB in float32
+_DERIVED = 2**29  # numbers that a network's transformed or packed weights may be: 2 GiB in float32
 
 
 def make_fast(convolutions: Sequence[nn.Conv2d]) -> list[FastConv2d]:
     """Turn a network's convolutions, in place, into those that choose their way, within a limit of memory."""
-    left = _TRANSFORMED
+    left = _DERIVED
     for conv in convolutions:
         conv.__class__ = FastConv2d
         conv.forget()
-        numbers = 2 * winograd.INNER**2 * conv.in_channels * conv.out_channels
-        conv.may_transform = conv.has_many_channels() and numbers <= left
-        left -= numbers if conv.may_transform else 0
+        conv.ends_with_relu, conv.waits = None, True
+        may_pack = conv.groups == 1 and conv.padding_mode == "zeros" and onednn.padding_of(conv) is not None
+        transformed = 2 * winograd.INNER**2 * conv.in_channels * conv.out_channels
+        packed = 2 * conv.out_channels * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        conv.may_transform = conv.has_many_channels() and transformed <= left
+        conv.may_pack = may_pack and packed <= left
+        left -= transformed if conv.may_transform else packed if conv.may_pack else 0
     return list(convolutions)
 
 
@@ -34,21 +39,44 @@ class FastConv2d(nn.Conv2d):
 
     Instances are not made: ``make_fast`` turns a ``nn.Conv2d`` into one. On a CPU, in float32 and float64, 3 x 3
     convolutions of many channels multiply as ``winograd`` does; in bfloat16, those of many channels and few pixels
-    leave channels_last. Which way is taken depends on shapes and dtypes alone. What is computed of the weights is kept
-    until ``forget()``.
+    leave channels_last; the others keep their weights as ``onednn`` has them. Which way is taken depends on shapes and
+    dtypes alone. What is computed of the weights is kept until ``forget()``.
+
+    Attributes:
+        ends_with_relu: None, unless a sum or a ReLU is all that can come next (``fusing.fusable``); then whether a ReLU
+            is the last. Such a convolution returns a ``fusing.Pending`` where that is the faster way.
+        waits: False if it must return a tensor all the same.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | Pending:
         """Return what ``nn.Conv2d`` would."""
         if x.device.type != "cpu" or x.ndim != 4 or self.padding_mode != "zeros" or torch.compiler.is_compiling():
             return super().forward(x)
         if self._takes_winograd(x):
-            return winograd.conv2d(x, self._derived(winograd.transform), self.bias)
+            return winograd.conv2d(x, self._derived(_transformed), self.bias)
         if self._leaves_channels_last(x):
-            weight = self._derived(Tensor.contiguous)
+            weight = self._derived(_contiguous)
             x = InLayout.apply(x, torch.contiguous_format)
             return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+        if self._packs(x):
+            return self._packed(x.to(self.weight.dtype))
         return super().forward(x)
+
+    def _packed(self, x: Tensor) -> Tensor | Pending:
+        packed = self._derived(onednn.Packed)
+        with_graph = x.requires_grad and torch.is_grad_enabled()
+        if self.ends_with_relu is None or not self.waits or (with_graph and x.dtype is torch.float32):
+            return packed(x)  # in float32, a graph's memory costs more time than fusing saves
+        shape = packed.size_of(x)
+
+        def fits(other: Tensor) -> bool:
+            return (
+                (other.shape, other.dtype) == (shape, x.dtype)
+                and other.device == x.device
+                and other.is_contiguous(memory_format=torch.channels_last)
+            )
+
+        return Pending(lambda other, relu: packed(x, other, relu=relu), fits, waits_for_relu=self.ends_with_relu)
 
     def has_many_channels(self) -> bool:
         """Whether Winograd's way can be taken, and pays where there are pixels enough."""
@@ -63,9 +91,9 @@ class FastConv2d(nn.Conv2d):
         self._of_weight = None
 
     def _derived(self, function: Callable) -> object:
-        """Return a function of the weights, computed at most once until they change."""
+        """Return a function of the convolution, computed at most once until its weights change."""
         if self._of_weight is None or self._of_weight[0] is not function:
-            self._of_weight = function, function(self.weight.detach())
+            self._of_weight = function, function(self)
         return self._of_weight[1]
 
     def __getstate__(self) -> dict:
@@ -81,6 +109,19 @@ class FastConv2d(nn.Conv2d):
             and (x.dtype is torch.float64 or (x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")))
         )
 
+    def _packs(self, x: Tensor) -> bool:
+        """Whether oneDNN computes it, in channels_last; under autocast if the weights are in its dtype already."""
+        dtype, lowered = self.weight.dtype, torch.is_autocast_enabled("cpu")
+        return (
+            self.may_pack
+            and x.numel() > 0
+            and (x.dtype == dtype or (lowered and x.dtype is torch.float32))
+            and (not lowered or torch.get_autocast_dtype("cpu") == dtype)
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and self.weight.is_contiguous(memory_format=torch.channels_last)
+            and onednn.is_available(dtype)
+        )
+
     def _leaves_channels_last(self, x: Tensor) -> bool:
         pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
         return (
@@ -91,3 +132,11 @@ class FastConv2d(nn.Conv2d):
             and self.weight.is_contiguous(memory_format=torch.channels_last)
             and not self.weight.is_contiguous()
         )
+
+
+def _transformed(conv: nn.Conv2d) -> winograd.Kernel:
+    return winograd.transform(conv.weight.detach())
+
+
+def _contiguous(conv: nn.Conv2d) -> Tensor:
+    return conv.weight.detach().contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from at_extensions.checks import device_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 class _Tracer(fx.Tracer):
@@ -135,6 +137,12 @@ def _loaded(module: str, name: str) -> tuple[type, ...]:
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody watches or changes what goes in or out of the module."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[dict]:
+    """Return where hooks on modules will be, and those on all modules: filled once somebody registers one."""
+    everywhere = [hooks for name, hooks in vars(nn.modules.module).items() if name in _GLOBAL_HOOKS]
+    return everywhere + [getattr(module, hooks) for module in modules for hooks in _HOOKS]
 
 
 def is_exactly(module: nn.Module, types: tuple[type, ...]) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from at_extensions.checks import check_model, device_of
-from at_extensions.folding.convolution import make_fast
+from at_extensions.folding.convolution import FastConv2d, make_fast
+from at_extensions.folding.fusing import fusable
 from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout
-from at_extensions.folding.tracing import foldable_norms, foldable_pairs, is_exactly, is_hooked, trace
+from at_extensions.folding.tracing import foldable_norms, foldable_pairs, hooks_of, is_exactly, is_hooked, trace
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class FoldedTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
+        self._let_wait(not any(self._hooks))
         if self._layout is torch.channels_last and x.ndim == 4 and not x.is_contiguous(memory_format=self._layout):
             x = InLayout.apply(x, torch.channels_last)
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
@@ -144,6 +146,10 @@ class FoldedTwin(nn.Module):
             if module not in folded and (module._parameters or module._buffers)
         ]
         self._fast = make_fast([module for module in network.modules() if is_exactly(module, (nn.Conv2d,))])
+        for conv, ends_with_relu in fusable(network, traced, FastConv2d).items():
+            conv.ends_with_relu = ends_with_relu
+        self._waits = True
+        self._hooks = hooks_of(module for module in network.modules() if not is_hooked(module))
 
     def _is_stale(self) -> bool:
         """Whether modules of the model were exchanged, or a folded one got a hook, since the twin was built."""
@@ -154,6 +160,13 @@ class FoldedTwin(nn.Module):
             or any(a is not b for a, b in zip(now, seen))
             or any(is_hooked(fold.conv) or is_hooked(fold.norm) for fold in self._folds)
         )
+
+    def _let_wait(self, waits: bool) -> None:
+        """Let convolutions wait for what follows them, unless a hook that came meanwhile would see them wait."""
+        if waits != self._waits:
+            for conv in self._fast:
+                conv.waits = waits
+            self._waits = waits
 
     def _wants_channels_last(self, device: torch.device) -> bool:
         if self._channels_last is not None:

@@ -1,0 +1,200 @@
+"""Convolutions by oneDNN with weights in its own layout, and with what follows them done while they write."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_FEW_CHANNELS = 4  # up to so many, the gradient of four pixels at once fills a vector of sixteen numbers
+
+
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether torch was built with these operators, the CPU has the dtype, and they compute what they should."""
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _works(dtype)
+
+
+class Packed:
+    """A convolution whose weights oneDNN has brought into its own layout, once instead of in every call.
+
+    Computes what ``nn.Conv2d`` does for images in channels_last, with one difference: in bfloat16, a sum and a ReLU
+    that are part of it are taken before the rounding.
+
+    Args:
+        conv: No groups, zero padding; its weights in channels_last, of float32 or bfloat16.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        self.weight, self.bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+        self.stride, self.dilation = list(conv.stride), list(conv.dilation)
+        self.padding = padding_of(conv)
+        self._forward = _pack(self.weight, self.padding, self.stride, self.dilation)
+        self._gradient: dict[type, _Kernel] = {}
+
+    def __call__(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """Return the convolution of ``x``, plus ``other``, activated; differentiable in both, as often as one likes.
+
+        Args:
+            x: (B, C_in, H, W) in channels_last.
+            other: To be added: of the output's shape, in channels_last.
+            relu: Whether a ReLU comes last.
+        """
+        if torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad)):
+            return _Convolution.apply(x, other, self, relu)
+        return self.compute(x, other, relu)
+
+    def size_of(self, x: Tensor) -> torch.Size:
+        """Return the output's shape."""
+        sides = (
+            (side + 2 * p - d * (k - 1) - 1) // s + 1
+            for side, p, d, k, s in zip(
+                x.shape[2:], self.padding, self.dilation, self.weight.shape[2:], self.stride, strict=True
+            )
+        )
+        return torch.Size((x.shape[0], self.weight.shape[0], *sides))
+
+    def compute(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+        """Return the output, without a graph."""
+        geometry = self.padding, self.stride, self.dilation, 1
+        if other is None:
+            after = "relu" if relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(x, self._forward, self.bias, *geometry, after, [], "")
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, self._forward, self.bias, *geometry, "add", 1.0, "relu" if relu else None, [], ""
+        )
+
+    def kernel_for(self, shape: torch.Size) -> _Kernel | None:
+        """Return what turns the output's gradient into that of images of a shape; None where torch's own is as fast."""
+        one_pixel = max(self.weight.shape[2:]) == 1
+        if max(self.stride) > 1:
+            way = _Spread if one_pixel and max(self.padding) == 0 else None
+        elif min(self.flipped_padding()) < 0:
+            way = None
+        elif one_pixel or max(self.dilation) > 1 or shape[1] > _FEW_CHANNELS or any(side % 2 for side in shape[2:]):
+            way = _Flipped
+        else:
+            way = _InBlocks
+        if way is not None and way not in self._gradient:
+            self._gradient[way] = way(self)
+        return self._gradient.get(way)
+
+    def flipped_padding(self) -> list[int]:
+        """Return the padding of the convolution that takes the output's gradient to the input's."""
+        return [d * (k - 1) - p for p, d, k in zip(self.padding, self.dilation, self.weight.shape[2:], strict=True)]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, other: Tensor | None, packed: Packed, relu: bool) -> Tensor:
+        out = packed.compute(x, other, relu)
+        ctx.packed, ctx.shape = packed, x.shape
+        if ctx.needs_input_grad[0]:  # now: by the time of the gradient, the weights may be others
+            ctx.kernel = packed.kernel_for(x.shape)
+        ctx.save_for_backward(out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (out,) = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        if out is not None:
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            packed, kernel = ctx.packed, ctx.kernel
+            if kernel is None or torch.is_grad_enabled():  # a gradient of the gradient is asked for
+                geometry = packed.stride, packed.padding, packed.dilation
+                of_x = nn.grad.conv2d_input(ctx.shape, packed.weight, grad, *geometry)
+            else:
+                of_x = kernel(grad, ctx.shape)
+        return of_x, grad if ctx.needs_input_grad[1] else None, None, None
+
+
+class _Flipped:
+    """Stride 1: the gradient is a convolution with the flipped weights, and computed as one."""
+
+    def __init__(self, packed: Packed):
+        self._padding, self._dilation = packed.flipped_padding(), packed.dilation
+        weight = packed.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        self._weight = _pack(weight, self._padding, [1, 1], self._dilation)
+
+    def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        geometry = self._padding, [1, 1], self._dilation, 1
+        return torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
+
+
+class _InBlocks:
+    """Stride 1 and few channels in, as images have: 2 x 2 pixels are computed as four times the channels of one.
+
+    A convolution of stride 2 whose weights are those of the four pixels, each shifted to its place.
+    """
+
+    def __init__(self, packed: Packed):
+        self._padding = packed.flipped_padding()
+        flipped = packed.weight.flip(2, 3).transpose(0, 1)
+        shifted = [F.pad(flipped, (column, 1 - column, row, 1 - row)) for row in (0, 1) for column in (0, 1)]
+        weight = torch.stack(shifted, 1).flatten(0, 1)  # channel by channel, as F.pixel_shuffle reads them
+        self._weight = _pack(weight.contiguous(memory_format=torch.channels_last), self._padding, [2, 2], [1, 1])
+
+    def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        geometry = self._padding, [2, 2], [1, 1], 1
+        blocks = torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
+        return F.pixel_shuffle(blocks, 2)
+
+
+class _Spread:
+    """A strided 1 x 1 convolution: the pixels that it read get a gradient, the others none."""
+
+    def __init__(self, packed: Packed):
+        self._stride, self._padding = packed.stride, packed.padding
+        weight = packed.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        self._weight = _pack(weight, [0, 0], [1, 1], [1, 1])
+
+    def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        geometry = [0, 0], [1, 1], [1, 1], 1
+        read = torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
+        spread = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last).zero_()
+        spread[:, :, :: self._stride[0], :: self._stride[1]] = read
+        return spread
+
+
+_Kernel = _Flipped | _InBlocks | _Spread
+
+
+def padding_of(conv: nn.Conv2d) -> list[int] | None:
+    """Return the zeros at each side, where they are as many at both: None otherwise."""
+    if conv.padding == "valid":
+        return [0, 0]
+    if conv.padding != "same":
+        return list(conv.padding)
+    wide = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(w % 2 for w in wide) else [w // 2 for w in wide]
+
+
+def _pack(weight: Tensor, padding: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, 1, [])
+
+
+@functools.cache
+@torch.no_grad()
+def _works(dtype: torch.dtype) -> bool:
+    """Try every operator; they are torch's own, but not of its public interface."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.utils.skip_init(nn.Conv2d, 4, 8, 3, padding=1)
+    for parameter in conv.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    conv = conv.to(dtype, memory_format=torch.channels_last)
+    x, other = (torch.randn(2, c, 6, 6, generator=generator).to(dtype) for c in (4, 8))
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in (x, other))
+    truth = F.relu(F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1) + other.double())
+    try:
+        out = Packed(conv).compute(x, other, relu=True)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return torch.allclose(out.double(), truth, atol=1e-2 if dtype is torch.bfloat16 else 1e-5, rtol=1e-2)
