@@ -23,7 +23,7 @@ from at_extensions.checks import (
 )
 from at_extensions.evaluation import flags as signs
 from at_extensions.evaluation import masking
-from at_extensions.evaluation.driver import Clean, Driver, Listener, Verdicts, clean_pass
+from at_extensions.evaluation.driver import Clean, Driver, Listener, Predict, Verdicts, clean_pass
 from at_extensions.evaluation.flags import Flag
 from at_extensions.evaluation.isolation import isolated
 from at_extensions.evaluation.report import Examples, RobustnessReport, summary
@@ -128,7 +128,7 @@ def evaluate(
             keep=keep_examples, listener=_Bars() if progress and ranks.rank == 0 else None,
         ).run(clean)  # fmt: skip
         with ranks.in_step():
-            flags += plan.signs_of_masking(clean, verdicts)
+            flags += plan.signs_of_masking(clean, verdicts, search if precision == "fp32" else model)
             examples = _examples(samples, clean, verdicts)
         flags = ranks.gather(flags)[0]
     return RobustnessReport(
@@ -203,8 +203,8 @@ class _Plan:
         ranks.together(lambda: store.claim(identity, write=ranks.rank == 0))
         return store
 
-    def signs_of_masking(self, clean: Clean, verdicts: Verdicts) -> list[Flag | None]:
-        """What the attacks, and two short ones of our own, say of the model's gradients."""
+    def signs_of_masking(self, clean: Clean, verdicts: Verdicts, search: Predict) -> list[Flag | None]:
+        """What the attacks, and two short ones of our own on ``search``, say of the model's gradients."""
         square = signs.square_improves(verdicts.after_attack, len(clean.labels))
         found = [signs.zero_gradients(verdicts.zero_gradients), square]
         if self.version != "rand":
@@ -213,10 +213,12 @@ class _Plan:
             torch.manual_seed(self.seed)  # whatever was drawn before, by this run or one that it goes on from
             right, standing = (rows.nonzero().flatten() for rows in (clean.correct, verdicts.robust))
             if len(right):
-                found.append(masking.unbounded(self.model, *self.first(right, masking.SAMPLES), self.norm))
+                found.append(
+                    masking.unbounded(self.model, *self.first(right, masking.SAMPLES), self.norm, search=search)
+                )
             if len(standing) and found[-1] is None:
                 x, y = self.first(standing, masking.SAMPLES)
-                found.append(masking.transfer(self.model, x, y, self.norm, self.eps))
+                found.append(masking.transfer(self.model, x, y, self.norm, self.eps, search=search))
         return found
 
 

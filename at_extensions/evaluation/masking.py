@@ -17,7 +17,9 @@ SAMPLES = 64
 """How many images the checks need at most."""
 
 
-def unbounded(model: Predict, x: Tensor, y: Tensor, norm: str, *, left: float = 0.1) -> Flag | None:
+def unbounded(
+    model: Predict, x: Tensor, y: Tensor, norm: str, *, left: float = 0.1, search: Predict | None = None
+) -> Flag | None:
     """Return a flag if a gradient attack fails although it may turn every image into any other.
 
     With a radius of half the box in every pixel, where grey is within reach of every image, nothing is robust; what
@@ -29,10 +31,11 @@ def unbounded(model: Predict, x: Tensor, y: Tensor, norm: str, *, left: float = 
         y: Their classes (B,).
         norm: Threat model.
         left: Share of them that may stand.
+        search: What to follow the gradients of; the model itself if None.
     """
     if len(x) == 0:
         return None
-    x_adv = _apgd(model, x, y, norm, 0.5 * x[0].numel() ** (1 / ORDER[norm]))
+    x_adv = _apgd(search or model, x, y, norm, 0.5 * x[0].numel() ** (1 / ORDER[norm]))
     stands = int((model(x_adv).argmax(1) == y).sum())
     if stands <= max(1, left * len(x)):
         return None
@@ -43,7 +46,16 @@ def unbounded(model: Predict, x: Tensor, y: Tensor, norm: str, *, left: float = 
     )
 
 
-def transfer(model: Predict, x: Tensor, y: Tensor, norm: str, eps: float, *, share: float = 0.03) -> Flag | None:
+def transfer(
+    model: Predict,
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    eps: float,
+    *,
+    share: float = 0.03,
+    search: Predict | None = None,
+) -> Flag | None:
     """Return a flag if adversarial examples of a smoothed surrogate break what white-box attacks left standing.
 
     The surrogate is the model under Gaussian noise of half the ball's size, whose averaged gradient looks past ripples
@@ -56,11 +68,13 @@ def transfer(model: Predict, x: Tensor, y: Tensor, norm: str, eps: float, *, sha
         norm: Threat model.
         eps: Its radius.
         share: Share of them that may fall.
+        search: What to make the surrogate of; the model itself if None.
     """
     if len(x) == 0:
         return None
     sigma = eps / (2 * x[0].numel() ** (1 / ORDER[norm]))
-    x_adv = _apgd(lambda images: model(images + sigma * torch.randn_like(images)), x, y, norm, eps, draws=3)
+    predict = search or model
+    x_adv = _apgd(lambda images: predict(images + sigma * torch.randn_like(images)), x, y, norm, eps, draws=3)
     fallen = int(fooled(model, x, y, x_adv, norm, eps)[0].sum())
     if fallen <= max(1, share * len(x)):
         return None

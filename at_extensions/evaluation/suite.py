@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import unknown_name
+from at_extensions.evaluation import fab
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module
 
@@ -55,13 +56,13 @@ def make_attackers(
     logger: Any = None,
 ) -> Attackers:
     """Return the attack objects as AutoAttack makes them, before any version's settings."""
-    apgd, fab, square = (attack_module(name) for name in ("autopgd_base", "fab_pt", "square"))
+    apgd, square = attack_module("autopgd_base"), attack_module("square")
     shared = {"norm": norm, "eps": eps, "seed": seed, "verbose": False, "device": device}
     apgd_shared = {"n_iter": 100, "eot_iter": 1, "rho": 0.75, "logger": logger, **shared}
     return Attackers(
         apgd=apgd.APGDAttack(predict, n_restarts=5, **apgd_shared),
         apgd_targeted=apgd.APGDAttack_targeted(predict, n_restarts=1, **apgd_shared),
-        fab=fab.FABAttack_PT(predict, n_restarts=5, n_iter=100, **shared),
+        fab=fab.attack_class()(predict, n_restarts=5, n_iter=100, **shared),
         square=square.SquareAttack(predict, p_init=0.8, n_queries=5000, n_restarts=1, resc_schedule=False, **shared),
     )
 
