@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from at_extensions.folding.layers import EvalNorm, FoldedNorm
 from at_extensions.folding.tracing import Trace, is_hooked
 
-_ADD = (operator.add, operator.iadd, torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__)
+_ADD = (operator.add, operator.iadd, torch.add)  # as a trace has them
+_ADD_TENSORS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)  # as a call has them; none writes into a tensor
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 _CALM = (nn.Conv2d, EvalNorm, nn.AvgPool2d, nn.MaxPool2d)  # they write into nothing of what they read
@@ -131,7 +132,7 @@ class Pending:
         first = args[0] if args else None
         if function in _RELU and isinstance(first, Pending):
             return first._ended(relu=True)
-        if function in _ADD and len(args) == 2 and not kwargs:
+        if function in _ADD_TENSORS and len(args) == 2 and not kwargs:
             here, other = args if isinstance(first, Pending) else reversed(args)
             if here._takes(other):
                 return here._plus(other)
