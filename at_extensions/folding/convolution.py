@@ -15,6 +15,7 @@ from at_extensions.folding.layers import InLayout
 # Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): below, the direct convolution is as fast.
 _CHANNELS, _TILES = 160, 32  # from where Winograd pays for its transforms: in and out, and tiles of a batch
 _PIXELS, _WEIGHTS = 16, 2**17  # up to so few pixels with so large weights, channels_last is slow in bf16
+_FEW, _SMALL = 16, 2**22  # up to so many channels, or bytes of output, fusing pays: beyond, memory is what counts
 _DERIVED = 2**29  # numbers that a network's transformed or packed weights may be: 2 GiB in float32
 
 
@@ -64,10 +65,9 @@ class FastConv2d(nn.Conv2d):
 
     def _packed(self, x: Tensor) -> Tensor | Pending:
         packed = self._derived(onednn.Packed)
-        with_graph = x.requires_grad and torch.is_grad_enabled()
-        if self.ends_with_relu is None or not self.waits or (with_graph and x.dtype is torch.float32):
-            return packed(x)  # in float32, a graph's memory costs more time than fusing saves
         shape = packed.size_of(x)
+        if not self._fuses(x, shape):
+            return packed(x)
 
         def fits(other: Tensor) -> bool:
             return (
@@ -77,6 +77,14 @@ class FastConv2d(nn.Conv2d):
             )
 
         return Pending(lambda other, relu: packed(x, other, relu=relu), fits, waits_for_relu=self.ends_with_relu)
+
+    def _fuses(self, x: Tensor, shape: torch.Size) -> bool:
+        """Whether to wait for what follows; never in float32 with a graph, where fusing does not pay at any size."""
+        if self.ends_with_relu is None or not self.waits:
+            return False
+        if x.dtype is torch.float32 and x.requires_grad and torch.is_grad_enabled():
+            return False
+        return self.out_channels <= _FEW or shape.numel() * x.element_size() <= _SMALL
 
     def has_many_channels(self) -> bool:
         """Whether Winograd's way can be taken, and pays where there are pixels enough."""
