@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 _FEW_CHANNELS = 4  # up to so many, the gradient of four pixels at once fills a vector of sixteen numbers
 
+_TWICE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}  # dtypes of twice the bytes
+
 
 def is_available(dtype: torch.dtype) -> bool:
     """Whether torch was built with these operators, the CPU has the dtype, and they compute what they should."""
@@ -135,13 +137,16 @@ class _InBlocks:
         self._padding = packed.flipped_padding()
         flipped = packed.weight.flip(2, 3).transpose(0, 1)
         shifted = [F.pad(flipped, (column, 1 - column, row, 1 - row)) for row in (0, 1) for column in (0, 1)]
-        weight = torch.stack(shifted, 1).flatten(0, 1)  # channel by channel, as F.pixel_shuffle reads them
+        weight = torch.cat(shifted)
         self._weight = _pack(weight.contiguous(memory_format=torch.channels_last), self._padding, [2, 2], [1, 1])
 
     def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
         geometry = self._padding, [2, 2], [1, 1], 1
         blocks = torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
-        return F.pixel_shuffle(blocks, 2)
+        batch, channels, height, width = shape
+        rows = blocks.permute(0, 2, 3, 1).view(batch, height // 2, width // 2, 2, 2 * channels)
+        pixels = rows.view(_TWICE[grad.dtype]).transpose(2, 3).contiguous().view(grad.dtype)  # two numbers at a time
+        return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class _Spread:

@@ -63,9 +63,10 @@ class FoldedTwin(nn.Module):
 
     Call ``refresh()`` after the model's weights, running statistics, device or dtype changed: once a training step,
     under the autocast that the attack will run under. Its cost is one multiplication of the weights by their scales;
-    nothing waits for the device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
-    none, and the twin then runs under that autocast wherever it is called. On a CPU, convolutions of many channels are
-    computed in the ways of ``convolution.FastConv2d``.
+    nothing waits for a device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
+    none, and the twin then runs under that autocast wherever it is called. On a CPU, convolutions are computed in the
+    ways of ``convolution.FastConv2d``, some of them with the sum and the ReLU that follow (in bfloat16 they are then
+    rounded once), and a normalisation by 0 and 1 is left out (``models.Normalized.settle``).
 
     Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
     of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
@@ -113,6 +114,9 @@ class FoldedTwin(nn.Module):
                 self._fold(fold)
         for conv in self._fast:
             conv.forget()
+        if device.type == "cpu":  # nowhere else, as it reads values
+            for module in self._to_settle:
+                module.settle()
         return self
 
     def train(self, mode: bool = True) -> FoldedTwin:
@@ -148,6 +152,7 @@ class FoldedTwin(nn.Module):
         self._fast = make_fast([module for module in network.modules() if is_exactly(module, (nn.Conv2d,))])
         for conv, ends_with_relu in fusable(network, traced, FastConv2d).items():
             conv.ends_with_relu = ends_with_relu
+        self._to_settle = [module for module in network.modules() if hasattr(module, "settle")]
         self._waits = True
         self._hooks = hooks_of(module for module in network.modules() if not is_hooked(module))
 
