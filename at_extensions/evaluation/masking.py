@@ -35,7 +35,7 @@ def unbounded(
     """
     if len(x) == 0:
         return None
-    x_adv = _apgd(search or model, x, y, norm, 0.5 * x[0].numel() ** (1 / ORDER[norm]))
+    x_adv = _apgd(model if search is None else search, x, y, norm, 0.5 * x[0].numel() ** (1 / ORDER[norm]))
     stands = int((model(x_adv).argmax(1) == y).sum())
     if stands <= max(1, left * len(x)):
         return None
@@ -73,7 +73,7 @@ def transfer(
     if len(x) == 0:
         return None
     sigma = eps / (2 * x[0].numel() ** (1 / ORDER[norm]))
-    predict = search or model
+    predict = model if search is None else search
     x_adv = _apgd(lambda images: predict(images + sigma * torch.randn_like(images)), x, y, norm, eps, draws=3)
     fallen = int(fooled(model, x, y, x_adv, norm, eps)[0].sum())
     if fallen <= max(1, share * len(x)):

@@ -357,6 +357,17 @@ def test_the_twin_follows_weights_that_are_replaced_and_modules_that_are_exchang
     assert_twin_equals(twin.refresh(), model, images(size=6))
 
 
+def test_the_twin_follows_a_normalisation_that_starts_and_stops_to_do_something():
+    torch.manual_seed(0)
+    model = double(create_model("small_cnn", 3, width=4))
+    twin = fold_batchnorm(model)
+    for mean, std in ((0, 1), (0.5, 1), (0, 2), (0, 1)):
+        model.mean.fill_(mean), model.std.fill_(std)
+        assert_twin_equals(twin.refresh(), model, images(size=8))
+    assert "_changes_nothing" in vars(model)
+    assert not model._changes_nothing
+
+
 def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_models_memory():
     torch.manual_seed(0)
     model = double(Wired(output_used_twice))  # so that one convolution folds and one does not
