@@ -200,8 +200,10 @@ class Worker:
         )
 
     def ask(self, question: str) -> float:
-        """Return the seconds of a ``"step"``, by how many MB the steps so far raised the ``"memory"`` at most, or the share
-        of a step's time that is in ``"convolutions"``."""
+        """Return the seconds of a ``"step"``, or the share of ``"convolutions"`` in them.
+
+        Or by how many MB the steps so far raised the ``"memory"`` at most.
+        """
         self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -379,7 +381,9 @@ def main() -> None:
         }
         for precision in args.precisions:
             setting = Setting(network, precision, args)
-            result[precision] = summary(*compare(setting, columns_of(setting, args), argv, args.rounds), loading=loading)
+            result[precision] = summary(
+                *compare(setting, columns_of(setting, args), argv, args.rounds), loading=loading
+            )
             result[precision]["goals_met"] = met(network, precision, result[precision]["ratios"])
             print(f"{network} {precision}: {json.dumps(result[precision]['ratios'])}", flush=True)
         result["machine"]["load_after"] = load()
