@@ -9,7 +9,8 @@ mode, and the optimiser's step, on the same network, batch and precision. It com
 as the trainer runs it, is in channels_last. torchattacks and ART run as their documentation shows them, in fp32;
 ``torchattacks_autocast`` has the whole plain loop under bf16 autocast. Columns have a process each and take turns
 within a round; ratios are medians over rounds of the ratio within a round. Peak memory is what the steps add to the
-memory of the network and batch.
+memory of the network and batch. The floor's share of convolutions, profiled in one more step, is what no leaving out
+of anything else can get below.
 
 On a CPU, every column runs as the commands of this package do, with freed memory kept in the process
 (``keep_freed_memory``); by default glibc's malloc gives it back and faults it in anew in every step.
@@ -199,7 +200,10 @@ class Worker:
         )
 
     def ask(self, question: str) -> float:
-        """Return the seconds of a ``"step"``, or by how many MB the steps so far raised the ``"memory"`` at most."""
+        """Return the seconds of a ``"step"``, or the share of ``"convolutions"`` in them.
+
+        Or by how many MB the steps so far raised the ``"memory"`` at most.
+        """
         self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -223,9 +227,23 @@ def work(setting: Setting, column: str, *, default_allocator: bool) -> None:
     for question in sys.stdin:
         if question.strip() == "step":
             answer = seconds(step, setting.device)
+        elif question.strip() == "convolutions":
+            answer = share_of_convolutions(step, setting.device)
         else:
             answer = (memory(setting.device)[1] - before) / 2**20
         print(answer, file=answers, flush=True)
+
+
+def share_of_convolutions(step: Step, device: torch.device) -> float:
+    """Return which part of a step's time its convolutions take, forward and backward, as torch's profiler sees it."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, kind.upper())}
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    time = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+    on_cpu = torch.autograd.DeviceType.CPU  # operators; kernels are counted with those that launch them
+    spent = {event.key: getattr(event, time) for event in profile.key_averages() if event.device_type == on_cpu}
+    return sum(t for name, t in spent.items() if "convolution" in name) / sum(spent.values())
 
 
 def memory(device: torch.device) -> tuple[int, int]:
@@ -238,8 +256,11 @@ def memory(device: torch.device) -> tuple[int, int]:
     return now, peak
 
 
-def compare(setting: Setting, columns: list[str], argv: list[str], rounds: int) -> tuple[dict, dict]:
-    """Return every column's seconds, once a round, each round starting with another one, and its peak memory in MB."""
+def compare(setting: Setting, columns: list[str], argv: list[str], rounds: int) -> tuple[dict, dict, float | None]:
+    """Return every column's seconds, once a round, each round starting with another one, and its peak memory in MB.
+
+    And the floor's share of convolutions, if the floor is among the columns.
+    """
     workers = {column: Worker(setting, column, argv) for column in columns}
     try:
         for worker in workers.values():  # to warm up
@@ -248,7 +269,8 @@ def compare(setting: Setting, columns: list[str], argv: list[str], rounds: int) 
         for r in range(rounds):
             for column in columns[r % len(columns) :] + columns[: r % len(columns)]:
                 times[column].append(workers[column].ask("step"))
-        return times, {column: round(worker.ask("memory")) for column, worker in workers.items()}
+        peaks = {column: round(worker.ask("memory")) for column, worker in workers.items()}
+        return times, peaks, workers["floor"].ask("convolutions") if "floor" in workers else None
     finally:
         for worker in workers.values():
             worker.close()
@@ -289,7 +311,7 @@ def met(network: str, precision: str, ratios: dict[str, float]) -> dict[str, boo
     }
 
 
-def summary(times: dict[str, list[float]], peaks: dict[str, int], loading: float) -> dict:
+def summary(times: dict[str, list[float]], peaks: dict[str, int], convolutions: float | None, loading: float) -> dict:
     ratios = {
         name: round(statistics.median(a / b for a, b in zip(times[above], times[below])), 3)
         for name, (above, below) in RATIOS.items()
@@ -300,6 +322,7 @@ def summary(times: dict[str, list[float]], peaks: dict[str, int], loading: float
         "seconds": {column: [round(s, 4) for s in t] for column, t in times.items()},
         "peak_memory_mb": peaks,
         "ratios": ratios,
+        "share_of_convolutions_in_floor": None if convolutions is None else round(convolutions, 3),
         "share_of_loading": round(loading / (loading + statistics.median(times["ours_twin"])), 5),
     }
 
@@ -358,7 +381,9 @@ def main() -> None:
         }
         for precision in args.precisions:
             setting = Setting(network, precision, args)
-            result[precision] = summary(*compare(setting, columns_of(setting, args), argv, args.rounds), loading)
+            result[precision] = summary(
+                *compare(setting, columns_of(setting, args), argv, args.rounds), loading=loading
+            )
             result[precision]["goals_met"] = met(network, precision, result[precision]["ratios"])
             print(f"{network} {precision}: {json.dumps(result[precision]['ratios'])}", flush=True)
         result["machine"]["load_after"] = load()

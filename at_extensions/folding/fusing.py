@@ -16,7 +16,7 @@ _ADD = (operator.add, operator.iadd, torch.add)  # as a trace has them
 _ADD_TENSORS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)  # as a call has them; none writes into a tensor
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
-_CALM = (nn.Conv2d, EvalNorm, nn.AvgPool2d, nn.MaxPool2d)  # they write into nothing of what they read
+_CALM = (nn.Conv2d, EvalNorm, nn.AvgPool2d, nn.MaxPool2d)  # these very types write into nothing of what they read
 
 
 def fusable(network: nn.Module, trace: Trace, convolutions: type) -> dict[nn.Module, bool]:
@@ -39,7 +39,8 @@ def fusable(network: nn.Module, trace: Trace, convolutions: type) -> dict[nn.Mod
         if type(conv) is convolutions and not is_hooked(conv) and trace.calls[conv] == 1:
             chain = _chain(network, node)
             sums = set(filter(_is_sum, chain))
-            if (sums or _is_relu(network, chain[-1])) and not sums & summed and _is_calm(network, chain):
+            calm = _is_calm(network, chain, (*_CALM, convolutions))
+            if (sums or _is_relu(network, chain[-1])) and not sums & summed and calm:
                 found[conv] = _is_relu(network, chain[-1])
                 summed |= sums
     return found
@@ -59,13 +60,13 @@ def _chain(network: nn.Module, node: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _is_calm(network: nn.Module, chain: list[fx.Node]) -> bool:
+def _is_calm(network: nn.Module, chain: list[fx.Node], calm: tuple[type, ...]) -> bool:
     """Whether nothing that runs between a chain's ends can write into what the first one reads."""
-    node = chain[0].next
+    node = chain[0]
     while node is not chain[-1]:
         module = _module(network, node)
-        calm = node.op in ("placeholder", "get_attr") or node in chain or _does_nothing(module)
-        if not calm and not (isinstance(module, _CALM) and not is_hooked(module)):
+        is_calm = type(module) in calm and not is_hooked(module) and "forward" not in vars(module)
+        if not (is_calm or _does_nothing(module) or node in chain or node.op in ("placeholder", "get_attr")):
             return False
         node = node.next
     return True
