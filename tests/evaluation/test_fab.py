@@ -49,7 +49,7 @@ def test_the_projection_is_that_of_bisection_and_of_upstream(seed, norm):
     assert 0.2 < reached.double().mean() < 1  # planes within the box, and beyond it
     torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
     upstream = getattr(attack_module("fab_projections"), f"projection_{norm}")(t, w.clone(), b.clone())
-    torch.testing.assert_close(ours, upstream, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours, upstream, rtol=0, atol=1e-8)  # its running sums cancel, and cost it digits
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
