@@ -1,10 +1,11 @@
-"""A twin's convolutions against torch's: seconds of the forward pass and of the input gradient, and their errors.
+"""A twin's convolutions against torch's: seconds of the forward pass with the input gradient, and their errors.
 
 python benchmarks/convolutions.py --threads 2
 python benchmarks/convolutions.py --shapes 640x640x8 160x160x32 --batch-size 50 --precisions fp32
 
 A shape is CHANNELS_IN x CHANNELS_OUT x PIXELS_OF_A_SIDE of 3 x 3 convolutions. Both ways take turns; medians. The
-errors are relative, against float64.
+errors are relative, against float64. Then the end of a residual block, without a gradient: the convolution, a sum and
+a ReLU.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from at_extensions.folding.convolution import FastConv2d, make_fast
 from at_extensions.memory import keep_freed_memory
@@ -23,7 +26,7 @@ from at_extensions.runs import write_json
 from measuring import load, machine, seconds
 
 RESULT = Path(__file__).parent / "results" / "convolutions.json"
-SHAPES = ("64x64x32", "128x128x16", "160x160x32", "256x256x8", "320x320x16", "512x512x4", "512x512x7", "640x640x8")
+SHAPES = ("3x16x32", "16x16x32", "32x32x16", "64x64x8", "128x128x4", "64x64x32", "128x128x16", "160x160x32", "256x256x8", "320x320x16", "512x512x4", "512x512x7", "640x640x8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,12 +37,20 @@ def gradient(conv: nn.Conv2d, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Ten
     return y.detach(), torch.autograd.grad(y, x, cotangent)[0]
 
 
+@torch.no_grad()
+def residual_end(conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
+    """Return the convolution plus another tensor, activated, as the blocks of a ResNet end."""
+    out = conv(x)
+    out += other
+    return F.relu(out)
+
+
 def error(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth).norm() / truth.norm()).item()
 
 
 def compare(shape: str, precision: str, args: argparse.Namespace) -> dict:
-    """Return the seconds of both ways, a round each, their errors and the ratio of the medians."""
+    """Return the seconds of both ways, a round each, their errors and the ratios of the medians."""
     torch.manual_seed(args.seed)
     inputs, outputs, side = (int(part) for part in shape.split("x"))
     layout = {"memory_format": torch.channels_last}
@@ -48,15 +59,34 @@ def compare(shape: str, precision: str, args: argparse.Namespace) -> dict:
     conv, x, cotangent = (part.to(DTYPES[precision], **layout) for part in (conv, x, cotangent))
     truth = gradient(copy.deepcopy(conv).double(), x.double(), cotangent.double())
     ways = {"torch": conv, "twin": make_fast([copy.deepcopy(conv)])[0]}
-    found: dict = {"seconds": {way: [] for way in ways}, "errors": {}}
+    found: dict = {"errors": {}}
     for way, module in ways.items():
         found["errors"][way] = [error(a, t) for a, t in zip(gradient(module, x, cotangent), truth)]
+    found["seconds"] = _taking_turns({way: lambda m=m: gradient(m, x, cotangent) for way, m in ways.items()}, args)
+    found["speedup"] = _speedup(found["seconds"])
+    found["weights_seconds"] = _preparation(
+        ways["twin"], x, cotangent, without=statistics.median(found["seconds"]["twin"])
+    )
+    ways["twin"].ends_with_relu = True
+    ends = {way: lambda m=m: residual_end(m, x, cotangent) for way, m in ways.items()}
+    found["residual_end_seconds"] = _taking_turns(ends, args)
+    found["residual_end_speedup"] = _speedup(found["residual_end_seconds"])
+    return found
+
+
+def _taking_turns(ways: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of both ways, a round each."""
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    for work in ways.values():
+        work()
     for r in range(args.rounds):
         for way in sorted(ways, reverse=bool(r % 2)):
-            found["seconds"][way].append(seconds(lambda way=way: gradient(ways[way], x, cotangent)))
-    ours, plain = (statistics.median(found["seconds"][way]) for way in ("twin", "torch"))
-    found["weights_seconds"] = _preparation(ways["twin"], x, cotangent, ours)
-    return found | {"speedup": round(plain / ours, 3)}
+            spent[way].append(seconds(ways[way]))
+    return spent
+
+
+def _speedup(spent: dict[str, list[float]]) -> float:
+    return round(statistics.median(spent["torch"]) / statistics.median(spent["twin"]), 3)
 
 
 def _preparation(conv: FastConv2d, x: Tensor, cotangent: Tensor, without: float) -> float:
@@ -86,7 +116,8 @@ def main() -> None:
     for shape in args.shapes:
         for precision in args.precisions:
             found = result["shapes"].setdefault(shape, {})[precision] = compare(shape, precision, args)
-            print(f"{shape:<12} {precision}  {found['speedup']:.2f} times as fast", flush=True)
+            ratios = f"{found['speedup']:.2f}, residual end {found['residual_end_speedup']:.2f}"
+            print(f"{shape:<12} {precision}  {ratios} times as fast", flush=True)
     result["machine"]["load_after"] = load()
     write_json(args.out, result)
     print(f"wrote {args.out}")

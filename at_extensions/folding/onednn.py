@@ -14,7 +14,10 @@ _TWICE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}  # dtypes
 
 
 def is_available(dtype: torch.dtype) -> bool:
-    """Whether torch was built with these operators, the CPU has the dtype, and they compute what they should."""
+    """Whether torch was built with these operators for this CPU, it has the dtype, and they compute what they should.
+
+    On CPUs with AVX2 or AVX-512 alone: nobody has measured others.
+    """
     return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _works(dtype)
 
 
@@ -186,7 +189,7 @@ def _pack(weight: Tensor, padding: list[int], stride: list[int], dilation: list[
 @torch.no_grad()
 def _works(dtype: torch.dtype) -> bool:
     """Try every operator; they are torch's own, but not of its public interface."""
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16) or "AVX" not in torch.backends.cpu.get_cpu_capability():
         return False
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False

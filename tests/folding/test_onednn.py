@@ -149,6 +149,15 @@ def test_what_it_cannot_do_it_does_not_offer():
     assert onednn.padding_of(nn.Conv2d(3, 3, 3, padding=(1, 2))) == [1, 2]
 
 
+def test_other_cpus_keep_torchs_own(monkeypatch):
+    onednn._works.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    try:
+        assert not onednn.is_available(torch.float32)
+    finally:
+        onednn._works.cache_clear()
+
+
 @pytest.mark.parametrize("failure", [None, RuntimeError, AttributeError])
 def test_operators_that_are_gone_or_compute_something_else_are_not_used(failure, monkeypatch):
     def compute(self, x, other, relu):
