@@ -26,7 +26,8 @@ from at_extensions.runs import write_json
 from measuring import load, machine, seconds
 
 RESULT = Path(__file__).parent / "results" / "convolutions.json"
-SHAPES = ("3x16x32", "16x16x32", "32x32x16", "64x64x8", "128x128x4", "64x64x32", "128x128x16", "160x160x32", "256x256x8", "320x320x16", "512x512x4", "512x512x7", "640x640x8")
+NARROW = ("3x16x32", "16x16x32", "32x32x16", "64x64x8", "128x128x4")
+WIDE = ("64x64x32", "128x128x16", "160x160x32", "256x256x8", "320x320x16", "512x512x4", "512x512x7", "640x640x8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -100,7 +101,7 @@ def _preparation(conv: FastConv2d, x: Tensor, cotangent: Tensor, without: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="INxOUTxSIDE")
+    parser.add_argument("--shapes", nargs="+", default=NARROW + WIDE, metavar="INxOUTxSIDE")
     parser.add_argument("--precisions", nargs="+", default=tuple(DTYPES), choices=DTYPES)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
