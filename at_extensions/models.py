@@ -39,7 +39,7 @@ class Normalized(nn.Module):
             return self.network(x)
         return self.network((x - self.mean) / self.std)
 
-    def settle(self) -> None:
+    def skip_identity_normalisation(self) -> None:
         """Look whether mean and std are 0 and 1, and leave them out if so: to be called again when they change.
 
         For copies alone whose buffers nobody else changes; reading them waits for the device.

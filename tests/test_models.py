@@ -139,7 +139,7 @@ def test_a_settled_normalisation_is_left_out_only_while_it_does_nothing():
     seen = []
     model.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = images(size=8).double()
-    model.settle()
+    model.skip_identity_normalisation()
     model(x)
     assert seen[-1] is x
     model(x.float().double())
@@ -148,7 +148,7 @@ def test_a_settled_normalisation_is_left_out_only_while_it_does_nothing():
         model(x)  # of another dtype: promoted, as it would be without
     assert seen[-1] is not x
     model.double().mean.fill_(0.5)
-    model.settle()
+    model.skip_identity_normalisation()
     model(x)
     torch.testing.assert_close(seen[-1], x - 0.5)
 

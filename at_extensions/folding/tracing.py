@@ -140,9 +140,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> list[dict]:
-    """Return where hooks on modules will be, and those on all modules: filled once somebody registers one."""
-    everywhere = [hooks for name, hooks in vars(nn.modules.module).items() if name in _GLOBAL_HOOKS]
-    return everywhere + [getattr(module, hooks) for module in modules for hooks in _HOOKS]
+    """Return where hooks on modules will be: filled once somebody registers one."""
+    return [getattr(module, hooks) for module in modules for hooks in _HOOKS]
+
+
+def are_all_hooked() -> bool:
+    """Whether somebody watches or changes what goes in or out of every module there is."""
+    return any(getattr(nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS)
 
 
 def is_exactly(module: nn.Module, types: tuple[type, ...]) -> bool:

@@ -13,7 +13,15 @@ from at_extensions.checks import check_model, device_of
 from at_extensions.folding.convolution import FastConv2d, make_fast
 from at_extensions.folding.fusing import fusable
 from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout
-from at_extensions.folding.tracing import foldable_norms, foldable_pairs, hooks_of, is_exactly, is_hooked, trace
+from at_extensions.folding.tracing import (
+    are_all_hooked,
+    foldable_norms,
+    foldable_pairs,
+    hooks_of,
+    is_exactly,
+    is_hooked,
+    trace,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +74,7 @@ class FoldedTwin(nn.Module):
     nothing waits for a device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
     none, and the twin then runs under that autocast wherever it is called. On a CPU, convolutions are computed in the
     ways of ``convolution.FastConv2d``, some of them with the sum and the ReLU that follow (in bfloat16 they are then
-    rounded once), and a normalisation by 0 and 1 is left out (``models.Normalized.settle``).
+    rounded once), and a normalisation by 0 and 1 is left out (``models.Normalized.skip_identity_normalisation``).
 
     Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
     of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
@@ -93,7 +101,7 @@ class FoldedTwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
-        self._let_wait(not any(self._hooks))
+        self._let_wait(not (any(self._hooks) or are_all_hooked()))
         if self._layout is torch.channels_last and x.ndim == 4 and not x.is_contiguous(memory_format=self._layout):
             x = InLayout.apply(x, torch.channels_last)
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
@@ -116,7 +124,7 @@ class FoldedTwin(nn.Module):
             conv.forget()
         if device.type == "cpu":  # nowhere else, as it reads values
             for module in self._to_settle:
-                module.settle()
+                module.skip_identity_normalisation()
         return self
 
     def train(self, mode: bool = True) -> FoldedTwin:
@@ -152,7 +160,7 @@ class FoldedTwin(nn.Module):
         self._fast = make_fast([module for module in network.modules() if is_exactly(module, (nn.Conv2d,))])
         for conv, ends_with_relu in fusable(network, traced, FastConv2d).items():
             conv.ends_with_relu = ends_with_relu
-        self._to_settle = [module for module in network.modules() if hasattr(module, "settle")]
+        self._to_settle = [module for module in network.modules() if hasattr(module, "skip_identity_normalisation")]
         self._waits = True
         self._hooks = hooks_of(module for module in network.modules() if not is_hooked(module))
 

@@ -302,6 +302,11 @@ def test_a_twin_that_waits_can_be_copied_and_pickled(fused, monkeypatch):
             fused.clear()
             assert torch.equal(other(images(size=32)), expected)
             assert len(fused) == 17
+            handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+            fused.clear()
+            other(images(size=32))
+            handle.remove()
+            assert not fused  # what watches all modules watches those of copies too
             other.network.register_forward_hook(lambda module, inputs, output: None)
             fused.clear()
             other(images(size=32))
