@@ -175,7 +175,7 @@ class _Plan:
         names, few_classes = defined_for(self.attacks, num_classes)
         if few_classes is not None and self.version == "custom":
             raise ValueError(f"with {num_classes} classes some attacks are undefined: {few_classes.message}")
-        attackers = make_attackers(None, self.norm, self.eps, self.device)
+        attackers = make_attackers(None, self.norm, self.eps, self.device, only_verdicts=True)
         apply_version(attackers, "standard" if self.version == "custom" else self.version, self.norm)
         return by_name(attackers, names, num_classes), few_classes
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from at_extensions.evaluation import apgd
 from at_extensions.evaluation.flags import Flag, Warnings
 from at_extensions.evaluation.verification import ORDER, fooled
-from at_extensions.upstream import attack_module
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -35,7 +35,8 @@ def unbounded(
     """
     if len(x) == 0:
         return None
-    x_adv = _apgd(model if search is None else search, x, y, norm, 0.5 * x[0].numel() ** (1 / ORDER[norm]))
+    eps = 0.5 * x[0].numel() ** (1 / ORDER[norm])
+    x_adv = _apgd(model if search is None else search, x, y, norm, eps)[3]
     stands = int((model(x_adv).argmax(1) == y).sum())
     if stands <= max(1, left * len(x)):
         return None
@@ -74,7 +75,7 @@ def transfer(
         return None
     sigma = eps / (2 * x[0].numel() ** (1 / ORDER[norm]))
     predict = model if search is None else search
-    x_adv = _apgd(lambda images: predict(images + sigma * torch.randn_like(images)), x, y, norm, eps, draws=3)
+    x_adv = _apgd(lambda images: predict(images + sigma * torch.randn_like(images)), x, y, norm, eps, draws=3)[0]
     fallen = int(fooled(model, x, y, x_adv, norm, eps)[0].sum())
     if fallen <= max(1, share * len(x)):
         return None
@@ -85,10 +86,11 @@ def transfer(
     )
 
 
-def _apgd(predict: Predict, x: Tensor, y: Tensor, norm: str, eps: float, *, steps: int = 20, draws: int = 1) -> Tensor:
-    """Where APGD on cross-entropy gets to, from images (B, C, H, W); the points of highest loss."""
-    attack = attack_module("autopgd_base").APGDAttack(
-        predict, n_iter=steps, norm=norm, eps=eps, eot_iter=draws, device=x.device, logger=Warnings()
-    )
+def _apgd(
+    predict: Predict, x: Tensor, y: Tensor, norm: str, eps: float, *, steps: int = 20, draws: int = 1
+) -> tuple[Tensor, ...]:
+    """What a run of APGD on cross-entropy returns: points of highest loss, ..., and the last that fooled the model."""
+    kind, _ = apgd.attack_classes()
+    attack = kind(predict, n_iter=steps, norm=norm, eps=eps, eot_iter=draws, device=x.device, logger=Warnings())
     attack.init_hyperparam(x)
-    return attack.attack_single_run(x, y)[0].detach()
+    return tuple(points.detach() for points in attack.attack_single_run(x, y))

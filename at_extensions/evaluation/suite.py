@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import unknown_name
-from at_extensions.evaluation import fab
+from at_extensions.evaluation import apgd, fab
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module
 
@@ -54,14 +54,21 @@ def make_attackers(
     *,
     seed: int | None = 0,
     logger: Any = None,
+    only_verdicts: bool = False,
 ) -> Attackers:
-    """Return the attack objects as AutoAttack makes them, before any version's settings."""
-    apgd, square = attack_module("autopgd_base"), attack_module("square")
+    """Return the attack objects as AutoAttack makes them, before any version's settings.
+
+    With ``only_verdicts`` APGD lets go of images once they are fooled beyond doubt; which ones it fools stays the same.
+    """
+    module, square = attack_module("autopgd_base"), attack_module("square")
+    untargeted, targeted = module.APGDAttack, module.APGDAttack_targeted
+    if only_verdicts:
+        untargeted, targeted = apgd.attack_classes()
     shared = {"norm": norm, "eps": eps, "seed": seed, "verbose": False, "device": device}
-    apgd_shared = {"n_iter": 100, "eot_iter": 1, "rho": 0.75, "logger": logger, **shared}
+    for_apgd = {"n_iter": 100, "eot_iter": 1, "rho": 0.75, "logger": logger, **shared}
     return Attackers(
-        apgd=apgd.APGDAttack(predict, n_restarts=5, **apgd_shared),
-        apgd_targeted=apgd.APGDAttack_targeted(predict, n_restarts=1, **apgd_shared),
+        apgd=untargeted(predict, n_restarts=5, **for_apgd),
+        apgd_targeted=targeted(predict, n_restarts=1, **for_apgd),
         fab=fab.attack_class()(predict, n_restarts=5, n_iter=100, **shared),
         square=square.SquareAttack(predict, p_init=0.8, n_queries=5000, n_restarts=1, resc_schedule=False, **shared),
     )

@@ -79,10 +79,8 @@ class FastConv2d(nn.Conv2d):
         return Pending(lambda other, relu: packed(x, other, relu=relu), fits, waits_for_relu=self.ends_with_relu)
 
     def _fuses(self, x: Tensor, shape: torch.Size) -> bool:
-        """Whether to wait for what follows; never in float32 with a graph, where fusing does not pay at any size."""
-        if self.ends_with_relu is None or not self.waits:
-            return False
-        if x.dtype is torch.float32 and x.requires_grad and torch.is_grad_enabled():
+        """Whether to wait for what follows; in bfloat16 alone, as in float32 fusing does not pay at any size."""
+        if self.ends_with_relu is None or not self.waits or x.dtype is not torch.bfloat16:
             return False
         return self.out_channels <= _FEW or shape.numel() * x.element_size() <= _SMALL
 

@@ -90,6 +90,7 @@ def that_drops_the_relu(net, x):
     return out * 2
 
 
+ROUNDED = {"rtol": 2**-7, "atol": 1e-2}  # a unit in bfloat16's last place: fusing rounds once where there were two
 SUM, RELU, BOTH = (True, False), (False, True), (True, True)
 FUSED = [  # wiring, which convolution waits, for what; what comes of it
     (lambda net, x: F.relu(branch(net, x)), "conv2", RELU, RELU),
@@ -176,14 +177,16 @@ def test_a_sum_and_a_relu_are_computed_with_the_convolution(wiring, waits, waits
     twin = fold_batchnorm(model)
     found = {name: getattr(twin.network, name).ends_with_relu for name in ("conv1", "conv2", "short")}
     assert found == {"conv1": None, "conv2": None, "short": None} | {waits: waits_for[1]}
-    with torch.no_grad():
-        twin(images())
-    assert fused == ([] if computed is None else [computed])
     x = images().requires_grad_()
     twin(x)
-    assert len(fused) == (computed is not None)  # in float32 it is the slower way where there is a graph
+    with torch.no_grad():
+        twin(x)
+    assert not fused  # in float32 it is not the faster way
     with torch.autocast("cpu", torch.bfloat16):
         twin.refresh()(x)
+        assert fused == ([] if computed is None else [computed])
+        with torch.no_grad():
+            twin(x)
     assert fused == ([] if computed is None else [computed] * 2)
     assert_equal(model, twin.refresh(), images())
 
@@ -209,10 +212,10 @@ def test_it_does_not_wait_while_what_it_reads_is_written(wiring):
 def test_every_block_of_a_residual_network_is_fused(fused):
     model = create_model("cifar_resnet18", 3, width=8).eval()
     twin = fold_batchnorm(model)
-    with torch.no_grad():
-        twin(images(size=32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        twin.refresh()(images(size=32))
     assert sorted(fused) == [RELU] * 9 + [BOTH] * 8
-    assert_equal(model, twin, images(size=32))
+    assert_equal(model, twin.refresh(), images(size=32))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnetx_002", "mobilenetv3_small_050", "wide_resnet_10_2"])
@@ -231,16 +234,16 @@ def test_hooks_see_tensors_whenever_they_came(fused):
     def look(module, inputs, output):
         seen.append((module, *inputs, output))
 
-    with torch.no_grad():
-        expected = twin(images())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = twin.refresh()(images())
         assert fused == [BOTH]
         for module in (model.conv2, model.norm2, model):
             handle = module.register_forward_hook(look)
-            torch.testing.assert_close(twin(images()), expected)
+            torch.testing.assert_close(twin(images()), expected, **ROUNDED)
             handle.remove()
         handle = nn.modules.module.register_module_forward_hook(look)
         try:
-            torch.testing.assert_close(twin(images()), expected)
+            torch.testing.assert_close(twin(images()), expected, **ROUNDED)
         finally:
             handle.remove()
         assert fused == [BOTH]
@@ -250,7 +253,7 @@ def test_hooks_see_tensors_whenever_they_came(fused):
         assert fused == [BOTH] * 2
         model.conv2.register_forward_hook(look)
         again = fold_batchnorm(model)
-        torch.testing.assert_close(again(images()), expected)
+        torch.testing.assert_close(again.refresh()(images()), expected, **ROUNDED)
         assert fused == [BOTH] * 2
 
 
@@ -281,7 +284,11 @@ def test_whatever_code_the_trace_did_not_see_gets_a_tensor(use):
     for network in (model, twin.network):
         network.wiring = lambda net, x: use(branch(net, x))
     with torch.no_grad():
-        torch.testing.assert_close(twin(images()), model(images()), rtol=0, atol=1e-5)
+        expected = model(images())
+        torch.testing.assert_close(twin(images()), expected, rtol=0, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = twin.refresh()(images()), model(images())
+    assert (ours - expected).norm() < 1.2 * (theirs - expected).norm() + 0.01 * expected.norm()
 
 
 def test_no_gradient_flows_where_the_model_lets_none_flow():
@@ -296,8 +303,8 @@ def test_no_gradient_flows_where_the_model_lets_none_flow():
 
 def test_a_twin_that_waits_can_be_copied_and_pickled(fused, monkeypatch):
     twin = fold_batchnorm(create_model("cifar_resnet18", 3, width=4).eval())
-    with torch.no_grad():
-        expected = twin(images(size=32))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = twin.refresh()(images(size=32))
         for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
             fused.clear()
             assert torch.equal(other(images(size=32)), expected)
