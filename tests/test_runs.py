@@ -78,6 +78,22 @@ def test_a_kill_at_any_moment_leaves_old_files_or_new_ones_whole(tmp_path):
     assert len(seen) > 1
 
 
+def test_tensors_and_metadata_are_of_one_file_though_it_be_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    for number in (1, 2):
+        runs.save_tensors(tmp_path / str(number), {"w": torch.full((4,), float(number))}, {"i": str(number)})
+    os.replace(tmp_path / "1", path)
+    from_file = torch.UntypedStorage.from_file
+
+    def opening(name, *args, **kwargs):  # what safe_open does after it has read the header
+        os.replace(tmp_path / "2", path)
+        return from_file(name, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", opening)
+    tensors, metadata = runs.load_tensors(path)
+    assert torch.equal(tensors["w"], torch.full((4,), float(metadata["i"])))
+
+
 def test_a_block_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = runs.write_text(tmp_path / "deep" / "file.txt", "old")
 
