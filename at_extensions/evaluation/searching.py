@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from at_extensions.folding import fold_batchnorm
+from at_extensions.folding import Windows, fold_batchnorm
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -58,6 +58,10 @@ class _LowPrecision(nn.Module):
         if hasattr(model, "refresh"):  # a twin keeps its weights in the precision that it is refreshed under
             with torch.autocast(device_type, torch.bfloat16):
                 model.refresh()
+
+    def windows(self) -> Windows | None:
+        """As ``FoldedTwin.windows``."""
+        return self._model[0].windows() if hasattr(self._model[0], "windows") else None
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import unknown_name
-from at_extensions.evaluation import apgd, fab
+from at_extensions.evaluation import apgd, fab, square
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module
 
@@ -60,7 +60,7 @@ def make_attackers(
 
     With ``only_verdicts`` APGD lets go of images once they are fooled beyond doubt; which ones it fools stays the same.
     """
-    module, square = attack_module("autopgd_base"), attack_module("square")
+    module = attack_module("autopgd_base")
     untargeted, targeted = module.APGDAttack, module.APGDAttack_targeted
     if only_verdicts:
         untargeted, targeted = apgd.attack_classes()
@@ -70,7 +70,7 @@ def make_attackers(
         apgd=untargeted(predict, n_restarts=5, **for_apgd),
         apgd_targeted=targeted(predict, n_restarts=1, **for_apgd),
         fab=fab.attack_class()(predict, n_restarts=5, n_iter=100, **shared),
-        square=square.SquareAttack(predict, p_init=0.8, n_queries=5000, n_restarts=1, resc_schedule=False, **shared),
+        square=square.attack_class()(predict, p_init=0.8, n_queries=5000, n_restarts=1, resc_schedule=False, **shared),
     )
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from at_extensions.folding.layers import EvalNorm, FoldedNorm
-from at_extensions.folding.tracing import Trace, is_hooked
+from at_extensions.folding.layers import EvalNorm, FoldedNorm, does_nothing
+from at_extensions.folding.tracing import Trace, is_hooked, module_of
 
 _ADD = (operator.add, operator.iadd, torch.add)  # as a trace has them
 _ADD_TENSORS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)  # as a call has them; none writes into a tensor
@@ -35,7 +35,7 @@ def fusable(network: nn.Module, trace: Trace, convolutions: type) -> dict[nn.Mod
     found: dict[nn.Module, bool] = {}
     summed: set[fx.Node] = set()  # sums one of whose terms waits already
     for node in trace.graph.nodes:
-        conv = _module(network, node)
+        conv = module_of(network, node)
         if type(conv) is convolutions and not is_hooked(conv) and trace.calls[conv] == 1:
             chain = _chain(network, node)
             sums = set(filter(_is_sum, chain))
@@ -52,7 +52,7 @@ def _chain(network: nn.Module, node: fx.Node) -> list[fx.Node]:
     while len(node.users) == 1:
         node = next(iter(node.users))
         is_last = _is_relu(network, node)
-        if not (is_last or _does_nothing(_module(network, node)) or (_is_sum(node) and not any(map(_is_sum, chain)))):
+        if not (is_last or does_nothing(module_of(network, node)) or (_is_sum(node) and not any(map(_is_sum, chain)))):
             break
         chain.append(node)
         if is_last:
@@ -64,16 +64,12 @@ def _is_calm(network: nn.Module, chain: list[fx.Node], calm: tuple[type, ...]) -
     """Whether nothing that runs between a chain's ends can write into what the first one reads."""
     node = chain[0]
     while node is not chain[-1]:
-        module = _module(network, node)
+        module = module_of(network, node)
         is_calm = type(module) in calm and not is_hooked(module) and "forward" not in vars(module)
-        if not (is_calm or _does_nothing(module) or node in chain or node.op in ("placeholder", "get_attr")):
+        if not (is_calm or does_nothing(module) or node in chain or node.op in ("placeholder", "get_attr")):
             return False
         node = node.next
     return True
-
-
-def _module(network: nn.Module, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(node.target) if node.op == "call_module" else None
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -84,7 +80,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _is_relu(network: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        module = _module(network, node)
+        module = module_of(network, node)
         if type(module) is FoldedNorm and not is_hooked(module) and "act" in module._modules:
             return type(module.drop) is nn.Identity and _is_plain_relu(module.act)
         return _is_plain_relu(module)
@@ -93,14 +89,6 @@ def _is_relu(network: nn.Module, node: fx.Node) -> bool:
 
 def _is_plain_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU and not is_hooked(module) and "forward" not in vars(module)
-
-
-def _does_nothing(module: nn.Module | None) -> bool:
-    if module is None or is_hooked(module) or "forward" in vars(module):
-        return False
-    if type(module) is FoldedNorm:
-        return "act" not in module._modules
-    return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
 
 
 class Pending:

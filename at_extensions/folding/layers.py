@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from at_extensions.folding.tracing import is_hooked
+
 
 class FoldedNorm(_BatchNorm):
     """A BatchNorm that is part of the convolution before it; what timm's does after it stays."""
@@ -30,6 +32,15 @@ class EvalNorm(_BatchNorm):
 
 def _activate(norm: nn.Module, x: Tensor) -> Tensor:
     return norm.act(norm.drop(x)) if "act" in norm._modules else x
+
+
+def does_nothing(module: nn.Module | None) -> bool:
+    """Whether a layer hands on the very tensor that it gets."""
+    if module is None or is_hooked(module) or "forward" in vars(module):
+        return False
+    if type(module) is FoldedNorm:
+        return "act" not in module._modules
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
 
 
 class _EvalBatchNorm(torch.autograd.Function):

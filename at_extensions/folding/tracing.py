@@ -134,6 +134,11 @@ def _loaded(module: str, name: str) -> tuple[type, ...]:
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
+def module_of(network: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the module that a node of a trace calls, or None."""
+    return network.get_submodule(node.target) if node.op == "call_module" else None
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody watches or changes what goes in or out of the module."""
     return any(getattr(module, hooks) for hooks in _HOOKS)

@@ -22,6 +22,7 @@ from at_extensions.folding.tracing import (
     is_hooked,
     trace,
 )
+from at_extensions.folding.windows import Windows
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +127,14 @@ class FoldedTwin(nn.Module):
             for module in self._to_settle:
                 module.skip_identity_normalisation()
         return self
+
+    def windows(self) -> Windows | None:
+        """What tells the logits of images with a window changed, with the present weights; None if nothing can."""
+        try:
+            return Windows(self.network, autocast=self._autocast, channels_last=self._layout is torch.channels_last)
+        except Exception as error:  # as for the twin itself
+            _log.info("%s has no windows: %s: %s", type(self._model[0]).__name__, type(error).__name__, error)
+            return None
 
     def train(self, mode: bool = True) -> FoldedTwin:
         """Stay in eval mode."""
