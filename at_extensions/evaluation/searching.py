@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from at_extensions.folding import Windows, fold_batchnorm
+from at_extensions.folding import FoldedTwin, Windows, fold_batchnorm
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -33,6 +33,13 @@ def search_model(
     return torch.compile(search, dynamic=True) if compiled else search
 
 
+def windows_of(search: Callable[[Tensor], Tensor]) -> Windows | None:
+    """Return what tells the logits of images with a window changed, if ``search`` is a twin that has it."""
+    if isinstance(search, _LowPrecision):
+        (search,) = search._model
+    return search.windows() if isinstance(search, FoldedTwin) else None
+
+
 def _twin(model: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-3) -> nn.Module | None:
     """The model's twin, folded and in channels_last, if there is one and it agrees."""
     if not isinstance(model, nn.Module) or any(module.training for module in model.modules()):
@@ -41,10 +48,11 @@ def _twin(model: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-3)
     if twin is None:
         return None
     logits, folded = model(x), twin(x)
-    return twin if folded.shape == logits.shape and _close(folded, logits, tolerance) else None
+    return twin if folded.shape == logits.shape and close(folded, logits, tolerance) else None
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two models' logits agree, to a share of their spread."""
     return bool((a - b).abs().max() <= tolerance * b.std().clamp_min(1e-12))
 
 
@@ -58,10 +66,6 @@ class _LowPrecision(nn.Module):
         if hasattr(model, "refresh"):  # a twin keeps its weights in the precision that it is refreshed under
             with torch.autocast(device_type, torch.bfloat16):
                 model.refresh()
-
-    def windows(self) -> Windows | None:
-        """As ``FoldedTwin.windows``."""
-        return self._model[0].windows() if hasattr(self._model[0], "windows") else None
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16):

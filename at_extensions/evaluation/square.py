@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from at_extensions.evaluation.searching import close, windows_of
 from at_extensions.upstream import attack_module
 
+_TOLERANCES = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits' spread
 _FALLEN = 0.1  # share of the images asked for that may have fallen before the others are remembered anew
 
 
 class _Best:
     """The best images so far, and the model's answers to one square changed in all of them.
 
-    Where the model can tell logits from the changed window (``FoldedTwin.windows``), only it is computed.
+    Where ``searching.windows_of`` the model are known, no more of it is computed than the change reaches; the first
+    answer for each size of square is compared with the model's own.
 
     Args:
         predict: Classifier of images (B, C, H, W) that returns logits (B, K).
@@ -26,11 +29,13 @@ class _Best:
 
     def __init__(self, predict: Callable[[Tensor], Tensor], x: Tensor):
         self.predict, self.x = predict, x
-        self._windows = predict.windows() if hasattr(predict, "windows") else None
+        self._windows = windows_of(predict)
         self._rows, self._size, self._in_windows = torch.arange(0), 0, False
         self._asked: tuple[Any, ...] = ()
 
-    def look(self, rows: Tensor, window_of: Callable[[Tensor, tuple], Tensor], top: int, left: int, size: int):
+    def look(
+        self, rows: Tensor, window_of: Callable[[Tensor, tuple], Tensor], top: int, left: int, size: int
+    ) -> tuple[Tensor, Tensor]:
         """Change a square in images, for a look.
 
         Args:
@@ -43,22 +48,29 @@ class _Best:
         Returns:
             Numbers of the images looked at, all of ``rows`` among them, and their logits.
         """
-        if self._windows is not None:
-            few = len(rows) < (1 - _FALLEN) * len(self._rows)
-            if size != self._size or few:
-                self._rows, self._size = rows, size
-                self._windows.remember(self.x[rows], size)
-                self._in_windows = self._windows.saves
+        square = (slice(None), slice(None), slice(top, top + size), slice(left, left + size))
+        few = len(rows) < (1 - _FALLEN) * len(self._rows)
+        if self._windows is not None and (size != self._size or few):
+            self._rows, self._size = rows, size
+            self._windows.remember(self.x[rows], size)
+            self._in_windows = self._windows.saves
+            if self._in_windows:
+                window = window_of(rows, square)
+                logits, truth = self._windows.look(window, top, left), self._whole(rows, square, window)
+                if not close(logits.float(), truth.float(), _TOLERANCES[logits.dtype]):
+                    self._windows, self._in_windows = None, False
         if not self._in_windows:
             self._rows = rows
-        square = (slice(None), slice(None), slice(top, top + size), slice(left, left + size))
         window = window_of(self._rows, square)
         self._asked = square, window
         if self._in_windows:
             return self._rows, self._windows.look(window, top, left)
+        return rows, self._whole(rows, square, window)
+
+    def _whole(self, rows: Tensor, square: tuple, window: Tensor) -> Tensor:
         candidates = self.x[rows]
         candidates[square] = window
-        return rows, self.predict(candidates)
+        return self.predict(candidates)
 
     def accept(self, improved: Tensor) -> None:
         """Keep the change in some of the images last looked at (n,)."""
@@ -102,7 +114,7 @@ def attack_class() -> type:
                 rows = standing.nonzero().flatten()
                 if not len(rows):
                     break
-                side = round(math.sqrt(self.p_selection(i) * height * width))
+                side = round(math.sqrt(self.p_selection(i) * (channels * height * width) / channels))  # as upstream
                 side = min(max(side, 1), height, width)
                 top, left = (int((whole - side) * torch.rand(1)) for whole in (height, width))
                 change = 2 * self.eps * self.random_choice([channels, 1, 1])

@@ -50,7 +50,7 @@ _FUNCTIONS = {
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), operator.mul),
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), operator.truediv),
 }
-_WRITERS = {value for name, value in vars(operator).items() if name.startswith("i") and not name.startswith("is")}
+_WRITERS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul}
 _WRITERS |= {operator.setitem, F.relu_, torch.relu_}
 
 
@@ -146,8 +146,9 @@ class _Sliding(NamedTuple):
 class Windows:
     """A twin's network that remembers images, to tell the logits of them with a window changed.
 
-    What is computed is what the network computes, up to rounding. It remembers what convolutions and sums read: no more
-    than a graph for gradients would.
+    What is computed is what the network computes, up to rounding, as far as a trace shows it: of ``a += b`` it shows
+    ``a + b``, so compare a look with the network's own answer before you rely on others. What convolutions and sums
+    read is remembered: no more than a graph for gradients would hold.
 
     Args:
         network: The network of a ``FoldedTwin``.
@@ -196,7 +197,13 @@ class Windows:
 
     @torch.no_grad()
     def accept(self, rows: Tensor) -> None:
-        """Remember some of the images (their numbers) as the last look saw them."""
+        """Remember some of the images (their numbers) as the last look saw them.
+
+        Raises:
+            RuntimeError: There was no look since images were remembered.
+        """
+        if not self._seen:
+            raise RuntimeError("nothing to accept: look() comes first")
         for node, images in self._images.items():
             window, rectangle = self._seen[node]
             rectangle.of(images)[rows] = window[rows]
@@ -442,8 +449,9 @@ def _check_writes(network: nn.Module, nodes: list[fx.Node], steps: dict) -> None
 
 def _writes(network: nn.Module, node: fx.Node) -> bool:
     """Whether a layer may overwrite the first tensor that it reads."""
-    if node.op == "call_module":
-        return any(getattr(module, "inplace", False) for module in module_of(network, node).modules())
+    module = module_of(network, node)
+    if module is not None:  # what BatchNorm's activation overwrites is BatchNorm's own
+        return type(module) is not EvalNorm and any(getattr(part, "inplace", False) for part in module.modules())
     if node.op == "call_method":
         return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
     return node.op == "call_function" and (
