@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from at_extensions.evaluation.searching import close, windows_of
 from at_extensions.upstream import attack_module
+
+_log = logging.getLogger(__name__)
 
 _TOLERANCES = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits' spread
 _FALLEN = 0.1  # share of the images asked for that may have fallen before the others are remembered anew
@@ -24,62 +26,79 @@ class _Best:
 
     Args:
         predict: Classifier of images (B, C, H, W) that returns logits (B, K).
-        x: Images (N, C, H, W), which change with every ``accept``.
+        x: Images (N, C, H, W) that are attacked.
+        start: Where to start, within the ball.
+        eps: The ball's radius.
+
+    Attributes:
+        images: The best images (N, C, H, W).
     """
 
-    def __init__(self, predict: Callable[[Tensor], Tensor], x: Tensor):
-        self.predict, self.x = predict, x
+    def __init__(self, predict: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, eps: float):
+        self.predict, self.x, self.images, self.eps = predict, x, start, eps
         self._windows = windows_of(predict)
-        self._rows, self._size, self._in_windows = torch.arange(0), 0, False
-        self._asked: tuple[Any, ...] = ()
+        self._rows, self._side, self._in_windows = torch.arange(0), 0, False
+        self._square, self._window = (), torch.empty(0)
 
-    def look(
-        self, rows: Tensor, window_of: Callable[[Tensor, tuple], Tensor], top: int, left: int, size: int
-    ) -> tuple[Tensor, Tensor]:
+    def look(self, rows: Tensor, change: Tensor, top: int, left: int, side: int) -> tuple[Tensor, Tensor]:
         """Change a square in images, for a look.
 
         Args:
             rows: Those that stand (n,), a subset of those of the look before.
-            window_of: Maps images' numbers and the square, as an index of (N, C, H, W), to the changed square.
+            change: What to add to each channel (C, 1, 1).
             top: The square's first row.
             left: Its first column.
-            size: Its side.
+            side: Its side.
 
         Returns:
             Numbers of the images looked at, all of ``rows`` among them, and their logits.
         """
-        square = (slice(None), slice(None), slice(top, top + size), slice(left, left + size))
+        self._square = (slice(None), slice(None), slice(top, top + side), slice(left, left + side))
         few = len(rows) < (1 - _FALLEN) * len(self._rows)
-        if self._windows is not None and (size != self._size or few):
-            self._rows, self._size = rows, size
-            self._windows.remember(self.x[rows], size)
-            self._in_windows = self._windows.saves
-            if self._in_windows:
-                window = window_of(rows, square)
-                logits, truth = self._windows.look(window, top, left), self._whole(rows, square, window)
-                if not close(logits.float(), truth.float(), _TOLERANCES[logits.dtype]):
-                    self._windows, self._in_windows = None, False
+        if self._windows is not None and (side != self._side or few):
+            self._rows, self._side = rows, side
+            self._in_windows = self._remember(change, top, left)
         if not self._in_windows:
             self._rows = rows
-        window = window_of(self._rows, square)
-        self._asked = square, window
+        self._window = self._changed(change)
         if self._in_windows:
-            return self._rows, self._windows.look(window, top, left)
-        return rows, self._whole(rows, square, window)
-
-    def _whole(self, rows: Tensor, square: tuple, window: Tensor) -> Tensor:
-        candidates = self.x[rows]
-        candidates[square] = window
-        return self.predict(candidates)
+            return self._rows, self._windows.look(self._window, top, left)
+        return self._rows, self._whole(self._window)
 
     def accept(self, improved: Tensor) -> None:
         """Keep the change in some of the images last looked at (n,)."""
-        square, window = self._asked
         places = improved.nonzero().flatten()
         if len(places):
-            self.x[square][self._rows[places]] = window[places]  # a view, written by rows
+            self.images[self._square][self._rows[places]] = self._window[places]  # a view, written by rows
             if self._in_windows:
                 self._windows.accept(places)
+
+    def _remember(self, change: Tensor, top: int, left: int) -> bool:
+        """Remember the images for squares of this side; return whether that saves time, and a look is right."""
+        try:
+            self._windows.remember(self.images[self._rows], self._side)
+            if not self._windows.saves:
+                return False
+            window = self._changed(change)
+            logits, truth = self._windows.look(window, top, left), self._whole(window)
+            right = close(logits.float(), truth.float(), _TOLERANCES[logits.dtype])
+        except Exception as error:  # whatever a foreign model's layers may raise when they are called one by one
+            _log.info("no windows: %s: %s", type(error).__name__, error)
+            right = False
+        if not right:
+            self._windows = None
+        return right
+
+    def _changed(self, change: Tensor) -> Tensor:
+        """The changed square of each image looked at (n, C, side, side)."""
+        x = self.x[self._square][self._rows]
+        window = torch.maximum(self.images[self._square][self._rows] + change, x - self.eps)
+        return torch.minimum(window, x + self.eps).clamp(0.0, 1.0)
+
+    def _whole(self, window: Tensor) -> Tensor:
+        candidates = self.images[self._rows]
+        candidates[self._square] = window
+        return self.predict(candidates)
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -105,9 +124,9 @@ def attack_class() -> type:
             if self.norm != "Linf" or self.targeted or self.loss != "margin":
                 return super().attack_single_run(x, y)
             channels, height, width = x.shape[1:]
-            start = x + self.eps * self.random_choice([len(x), channels, 1, width])
-            best = _Best(self.predict, start.clamp(0.0, 1.0))
-            margins = _margin(self.predict(best.x), y)
+            start = (x + self.eps * self.random_choice([len(x), channels, 1, width])).clamp(0.0, 1.0)
+            margins = _margin(self.predict(start), y)
+            best = _Best(self.predict, x, start, self.eps)
             queries = torch.ones(len(x), device=x.device)
             for i in range(self.n_queries):
                 standing = margins > 0
@@ -117,19 +136,12 @@ def attack_class() -> type:
                 side = round(math.sqrt(self.p_selection(i) * (channels * height * width) / channels))  # as upstream
                 side = min(max(side, 1), height, width)
                 top, left = (int((whole - side) * torch.rand(1)) for whole in (height, width))
-                change = 2 * self.eps * self.random_choice([channels, 1, 1])
-
-                def changed(rows: Tensor, square: tuple, change: Tensor = change) -> Tensor:
-                    there = x[square][rows]
-                    window = torch.maximum(best.x[square][rows] + change, there - self.eps)
-                    return torch.minimum(window, there + self.eps).clamp(0.0, 1.0)
-
-                asked, logits = best.look(rows, changed, top, left, side)
+                asked, logits = best.look(rows, 2 * self.eps * self.random_choice([channels, 1, 1]), top, left, side)
                 found = _margin(logits, y[asked])
                 improved = standing[asked] & ((found < margins[asked]) | (found <= 0))
                 margins[asked] = torch.where(improved, found, margins[asked])
                 queries[rows] += 1
                 best.accept(improved)
-            return queries, best.x
+            return queries, best.images
 
     return SquareAttack

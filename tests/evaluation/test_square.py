@@ -149,3 +149,14 @@ def test_upstream_stays_as_it_is():
     assert issubclass(KINDS[1], KINDS[0])
     assert KINDS[1].perturb is KINDS[0].perturb
     assert KINDS[1].attack_single_run is not KINDS[0].attack_single_run
+
+
+def test_windows_that_fail_are_not_used(monkeypatch, caplog):
+    model, x, y = problem()
+    search = search_model(model, x)
+    (theirs,) = outcomes(search, x, y, KINDS[:1])
+    monkeypatch.setattr(Windows, "look", lambda *args: 1 / 0)
+    with caplog.at_level("INFO", "at_extensions"):
+        (ours,) = outcomes(search, x, y, KINDS[1:])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert "division by zero" in caplog.text
