@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from at_extensions.evaluation.verification import margin
 from at_extensions.upstream import attack_module
 
 MARGIN = 0.1
@@ -54,9 +55,7 @@ class Standing:
 
 def fooled_beyond_doubt(logits: Tensor, y: Tensor) -> Tensor:
     """Return on which images another class leads by ``MARGIN`` (B,), of logits (B, K) and their classes (B,)."""
-    own = y.unsqueeze(1)
-    lead = logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own).squeeze(1)
-    return lead > MARGIN * logits.std(1)
+    return -margin(logits, y) > MARGIN * logits.std(1)
 
 
 def _letting_go(original: type) -> type:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from at_extensions.evaluation.searching import close, windows_of
+from at_extensions.evaluation.verification import margin
 from at_extensions.upstream import attack_module
 
 _log = logging.getLogger(__name__)
@@ -101,13 +102,6 @@ class _Best:
         return self.predict(candidates)
 
 
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """By how much the own class leads (B,)."""
-    own = y.unsqueeze(1)
-    logits = logits.float()
-    return logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).amax(1)
-
-
 def attack_class() -> type:
     """Return upstream's ``SquareAttack`` with a loop of its own for Linf; upstream itself stays as it is.
 
@@ -125,7 +119,7 @@ def attack_class() -> type:
                 return super().attack_single_run(x, y)
             channels, height, width = x.shape[1:]
             start = (x + self.eps * self.random_choice([len(x), channels, 1, width])).clamp(0.0, 1.0)
-            margins = _margin(self.predict(start), y)
+            margins = margin(self.predict(start).float(), y)
             best = _Best(self.predict, x, start, self.eps)
             queries = torch.ones(len(x), device=x.device)
             for i in range(self.n_queries):
@@ -137,7 +131,7 @@ def attack_class() -> type:
                 side = min(max(side, 1), height, width)
                 top, left = (int((whole - side) * torch.rand(1)) for whole in (height, width))
                 asked, logits = best.look(rows, 2 * self.eps * self.random_choice([channels, 1, 1]), top, left, side)
-                found = _margin(logits, y[asked])
+                found = margin(logits.float(), y[asked])
                 improved = standing[asked] & ((found < margins[asked]) | (found <= 0))
                 margins[asked] = torch.where(improved, found, margins[asked])
                 queries[rows] += 1

@@ -28,6 +28,12 @@ def fooled(
     return (predictions != y) & within(x, x_adv, norm, eps), predictions
 
 
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return by how much the own class's logit exceeds the largest other (B,): logits (B, K), classes (B,)."""
+    own = y.unsqueeze(1)
+    return logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).amax(1)
+
+
 def within(x: Tensor, x_adv: Tensor, norm: str, eps: float) -> Tensor:
     """Return which of ``x_adv`` lie in the eps-ball around ``x`` and in [0, 1], up to float32 rounding (B,).
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from at_extensions.folding import fold_batchnorm
-from at_extensions.folding.windows import Rectangle
+from at_extensions.folding.reach import Rectangle
 from at_extensions.models import create_model
 
 
@@ -170,8 +170,14 @@ def test_what_others_still_read_is_not_overwritten():
         part.add_(1)
         return out * 2
 
-    for function in (late, through_a_name, of_a_part):
-        _, windows = built(Branches(function, identity=nn.Identity()))
+    nothing = nn.Sequential(nn.Identity(), nn.Dropout())
+    for function, identity in (
+        (late, None),
+        (through_a_name, nn.Identity()),
+        (through_a_name, nothing),
+        (of_a_part, None),
+    ):
+        _, windows = built(Branches(function, identity=identity))
         assert windows is None, function
 
 
