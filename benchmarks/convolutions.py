@@ -3,15 +3,18 @@
 python benchmarks/convolutions.py --threads 2
 python benchmarks/convolutions.py --shapes 640x640x8 160x160x32 --batch-size 50 --precisions fp32
 
-A shape is CHANNELS_IN x CHANNELS_OUT x PIXELS_OF_A_SIDE of 3 x 3 convolutions. Both ways take turns; medians. The
-errors are relative, against float64. Then the end of a residual block, without a gradient: the convolution, a sum and
-a ReLU.
+A shape is CHANNELS_IN x CHANNELS_OUT x PIXELS_OF_A_SIDE of 3 x 3 convolutions; k1 is added for 1 x 1 kernels, s2 for a
+stride of 2. Both ways take turns; medians. The errors are relative, against float64 with the very weights. Then the end
+of a residual block, without a gradient: the convolution, a sum and a ReLU. Last, in bf16, what training computes: the
+convolution with the gradients of image and weights, by torch alone and within ``training_pass``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from at_extensions.folding import training_pass
 from at_extensions.folding.convolution import FastConv2d, make_fast
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import write_json
@@ -28,6 +32,8 @@ from measuring import load, machine, seconds
 RESULT = Path(__file__).parent / "results" / "convolutions.json"
 NARROW = ("3x16x32", "16x16x32", "32x32x16", "64x64x8", "128x128x4")
 WIDE = ("64x64x32", "128x128x16", "160x160x32", "256x256x8", "320x320x16", "512x512x4", "512x512x7", "640x640x8")
+OTHER = ("96x96x16", "192x192x8", "64x128x32s2", "256x512x8s2", "256x512x8k1s2", "512x512x8k1", "2048x512x4k1")
+SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(?:k(\d))?(?:s(\d))?")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,6 +52,22 @@ def residual_end(conv: nn.Conv2d, x: Tensor, other: Tensor) -> Tensor:
     return F.relu(out)
 
 
+def training(conv: nn.Conv2d, x: Tensor, cotangent: Tensor, context: Callable) -> None:
+    """Compute the convolution and the gradients of its input and weights."""
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), context():
+        y = conv(x)
+    torch.autograd.grad(y, (x, conv.weight), cotangent)
+
+
+def parse(shape: str) -> tuple[str | None, ...]:
+    """Return channels in and out, side, kernel and stride."""
+    match = SHAPE.fullmatch(shape)
+    if match is None:
+        raise SystemExit(f"{shape!r} is no INxOUTxSIDE with k1 or s2 after it")
+    return match.groups()
+
+
 def error(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth).norm() / truth.norm()).item()
 
@@ -53,10 +75,12 @@ def error(ours: Tensor, truth: Tensor) -> float:
 def compare(shape: str, precision: str, args: argparse.Namespace) -> dict:
     """Return the seconds of both ways, a round each, their errors and the ratios of the medians."""
     torch.manual_seed(args.seed)
-    inputs, outputs, side = (int(part) for part in shape.split("x"))
+    inputs, outputs, side, kernel, stride = (int(part or default) for part, default in zip(parse(shape), "00031"))
     layout = {"memory_format": torch.channels_last}
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1).requires_grad_(False)
-    x, cotangent = torch.randn(args.batch_size, inputs, side, side), torch.randn(args.batch_size, outputs, side, side)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2).requires_grad_(False)
+    x = torch.randn(args.batch_size, inputs, side, side)
+    trained, image = (copy.deepcopy(part).to(**layout) for part in (conv, x))
+    cotangent = torch.randn_like(conv(x))
     conv, x, cotangent = (part.to(DTYPES[precision], **layout) for part in (conv, x, cotangent))
     truth = gradient(copy.deepcopy(conv).double(), x.double(), cotangent.double())
     ways = {"torch": conv, "twin": make_fast([copy.deepcopy(conv)])[0]}
@@ -72,6 +96,14 @@ def compare(shape: str, precision: str, args: argparse.Namespace) -> dict:
     ends = {way: lambda m=m: residual_end(m, x, cotangent) for way, m in ways.items()}
     found["residual_end_seconds"] = _taking_turns(ends, args)
     found["residual_end_speedup"] = _speedup(found["residual_end_seconds"])
+    if precision == "bf16":
+        passes = {"torch": contextlib.nullcontext, "twin": training_pass}
+        runs = {
+            way: lambda c=context: training(trained.requires_grad_(), image, cotangent, c)
+            for way, context in passes.items()
+        }
+        found["training_seconds"] = _taking_turns(runs, args)
+        found["training_speedup"] = _speedup(found["training_seconds"])
     return found
 
 
@@ -101,7 +133,7 @@ def _preparation(conv: FastConv2d, x: Tensor, cotangent: Tensor, without: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=NARROW + WIDE, metavar="INxOUTxSIDE")
+    parser.add_argument("--shapes", nargs="+", default=NARROW + WIDE + OTHER, metavar="INxOUTxSIDE")
     parser.add_argument("--precisions", nargs="+", default=tuple(DTYPES), choices=DTYPES)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
@@ -118,6 +150,7 @@ def main() -> None:
         for precision in args.precisions:
             found = result["shapes"].setdefault(shape, {})[precision] = compare(shape, precision, args)
             ratios = f"{found['speedup']:.2f}, residual end {found['residual_end_speedup']:.2f}"
+            ratios += f", training {found['training_speedup']:.2f}" if "training_speedup" in found else ""
             print(f"{shape:<12} {precision}  {ratios} times as fast", flush=True)
     result["machine"]["load_after"] = load()
     write_json(args.out, result)

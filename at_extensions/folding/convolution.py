@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from at_extensions.folding import onednn, winograd
+from at_extensions.folding import few_pixels, onednn, winograd, winograd_rows
 from at_extensions.folding.fusing import Pending
-from at_extensions.folding.layers import InLayout
 
 # Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): below, the direct convolution is as fast.
-_CHANNELS, _TILES = 160, 32  # from where Winograd pays for its transforms: in and out, and tiles of a batch
-_PIXELS, _WEIGHTS = 16, 2**17  # up to so few pixels with so large weights, channels_last is slow in bf16
-_FEW, _SMALL = 16, 2**22  # up to so many channels, or bytes of output, fusing pays: beyond, memory is what counts
+_CHANNELS, _TILES = 160, 16  # from where Winograd pays for its transforms: in and out, and tiles of a batch
+_ROW_CHANNELS, _COLUMNS = 224, 32  # the same along rows, in bfloat16: a batch's pairs of columns
+_FEW, _SMALL = 16, 2**22  # up to so many channels, or bytes of output, a sum is fused: beyond, memory is what counts
 _DERIVED = 2**29  # numbers that a network's transformed or packed weights may be: 2 GiB in float32
 
 
@@ -38,10 +36,10 @@ def make_fast(convolutions: Sequence[nn.Conv2d]) -> list[FastConv2d]:
 class FastConv2d(nn.Conv2d):
     """A convolution of a twin, its weights frozen.
 
-    Instances are not made: ``make_fast`` turns a ``nn.Conv2d`` into one. On a CPU, in float32 and float64, 3 x 3
-    convolutions of many channels multiply as ``winograd`` does; in bfloat16, those of many channels and few pixels
-    leave channels_last; the others keep their weights as ``onednn`` has them. Which way is taken depends on shapes and
-    dtypes alone. What is computed of the weights is kept until ``forget()``.
+    Instances are not made: ``make_fast`` turns a ``nn.Conv2d`` into one. On a CPU, 3 x 3 convolutions of many channels
+    multiply as ``winograd`` does in float32 and float64, as ``winograd_rows`` in bfloat16; what else writes few pixels
+    in bfloat16 is computed by ``few_pixels``; the others keep their weights as ``onednn`` has them. Which way is taken
+    depends on shapes and dtypes alone. What is computed of the weights is kept until ``forget()``.
 
     Attributes:
         ends_with_relu: None, unless a sum or a ReLU is all that can come next (``fusing.fusable``); then whether a ReLU
@@ -55,34 +53,33 @@ class FastConv2d(nn.Conv2d):
             return super().forward(x)
         if self._takes_winograd(x):
             return winograd.conv2d(x, self._derived(_transformed), self.bias)
-        if self._leaves_channels_last(x):
-            weight = self._derived(_contiguous)
-            x = InLayout.apply(x, torch.contiguous_format)
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
-        if self._packs(x):
-            return self._packed(x.to(self.weight.dtype))
+        if self._takes_prepared(x):
+            x = x.to(self.weight.dtype)
+            if self._takes_rows(x):
+                return winograd_rows.conv2d(x, self._derived(_transformed_rows), self.bias)
+            if self._leaves_channels_last(x):
+                padding = onednn.padding_of(self)
+                return few_pixels.conv2d(x, self.weight, self.bias, self.stride, padding, self._derived(_contiguous))
+            if x.is_contiguous(memory_format=torch.channels_last):
+                return self._packed(x)
         return super().forward(x)
 
     def _packed(self, x: Tensor) -> Tensor | Pending:
         packed = self._derived(onednn.Packed)
+        if self.ends_with_relu is None or not self.waits or x.dtype is not torch.bfloat16:
+            return packed(x)  # in float32, to compute what follows with it does not pay at any size
         shape = packed.size_of(x)
-        if not self._fuses(x, shape):
-            return packed(x)
+        takes_sums = self.out_channels <= _FEW or shape.numel() * x.element_size() <= _SMALL
 
         def fits(other: Tensor) -> bool:
             return (
-                (other.shape, other.dtype) == (shape, x.dtype)
+                takes_sums
+                and (other.shape, other.dtype) == (shape, x.dtype)
                 and other.device == x.device
                 and other.is_contiguous(memory_format=torch.channels_last)
             )
 
         return Pending(lambda other, relu: packed(x, other, relu=relu), fits, waits_for_relu=self.ends_with_relu)
-
-    def _fuses(self, x: Tensor, shape: torch.Size) -> bool:
-        """Whether to wait for what follows; in bfloat16 alone, as in float32 fusing does not pay at any size."""
-        if self.ends_with_relu is None or not self.waits or x.dtype is not torch.bfloat16:
-            return False
-        return self.out_channels <= _FEW or shape.numel() * x.element_size() <= _SMALL
 
     def has_many_channels(self) -> bool:
         """Whether Winograd's way can be taken, and pays where there are pixels enough."""
@@ -115,33 +112,40 @@ class FastConv2d(nn.Conv2d):
             and (x.dtype is torch.float64 or (x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")))
         )
 
-    def _packs(self, x: Tensor) -> bool:
-        """Whether oneDNN computes it, in channels_last; under autocast if the weights are in its dtype already."""
+    def _takes_rows(self, x: Tensor) -> bool:
+        """Whether there are pixels enough in bfloat16."""
+        return (
+            self.may_transform
+            and x.dtype is torch.bfloat16
+            and min(self.in_channels, self.out_channels) >= _ROW_CHANNELS
+            and len(x) * -(-x.shape[3] // 2) >= _COLUMNS
+        )
+
+    def _takes_prepared(self, x: Tensor) -> bool:
+        """Whether weights that oneDNN has prepared can be used; under autocast if they are in its dtype already."""
         dtype, lowered = self.weight.dtype, torch.is_autocast_enabled("cpu")
         return (
             self.may_pack
             and x.numel() > 0
             and (x.dtype == dtype or (lowered and x.dtype is torch.float32))
             and (not lowered or torch.get_autocast_dtype("cpu") == dtype)
-            and x.is_contiguous(memory_format=torch.channels_last)
             and self.weight.is_contiguous(memory_format=torch.channels_last)
             and onednn.is_available(dtype)
         )
 
     def _leaves_channels_last(self, x: Tensor) -> bool:
-        pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
-        return (
-            self.weight.dtype is torch.bfloat16
-            and pixels <= _PIXELS
-            and self.weight.numel() // self.kernel_size[0] // self.kernel_size[1] >= _WEIGHTS
-            and self.groups == 1
-            and self.weight.is_contiguous(memory_format=torch.channels_last)
-            and not self.weight.is_contiguous()
-        )
+        if x.dtype is not torch.bfloat16 or self.dilation != (1, 1):
+            return False
+        height, width = onednn.sides(x.shape[2:], self.kernel_size, self.stride, onednn.padding_of(self))
+        return few_pixels.leaves_channels_last(self.weight.shape, height * width)
 
 
 def _transformed(conv: nn.Conv2d) -> winograd.Kernel:
     return winograd.transform(conv.weight.detach())
+
+
+def _transformed_rows(conv: nn.Conv2d) -> winograd_rows.Kernel:
+    return winograd_rows.transform(conv.weight.detach())
 
 
 def _contiguous(conv: nn.Conv2d) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 _FEW_CHANNELS = 4  # up to so many, the gradient of four pixels at once fills a vector of sixteen numbers
 
+_LAYOUTS = 8  # of one convolution's weights that are kept: a network sees few sizes of images
 _TWICE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}  # dtypes of twice the bytes
 
 
@@ -19,6 +21,69 @@ def is_available(dtype: torch.dtype) -> bool:
     On CPUs with AVX2 or AVX-512 alone: nobody has measured others.
     """
     return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _works(dtype)
+
+
+class Weights:
+    """A convolution's weights in oneDNN's own layouts.
+
+    There is one for each size of images: with another one's, oneDNN brings them into the right one in every call, in up
+    to a hundred times the time of the convolution. Sizes that want the same layout share it.
+
+    Args:
+        weight: (C_out, C_in / groups, kH, kW), float32 or bfloat16; not to be changed before the first image came.
+        padding: Zeros at each side.
+        stride: Of both sides.
+        dilation: Of both sides.
+        groups: Of channels.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        padding: Sequence[int],
+        stride: Sequence[int] = (1, 1),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ):
+        self._weight = weight
+        self._geometry = list(padding), list(stride), list(dilation), groups
+        self._of_size: dict[torch.Size, Tensor] = {}
+        self._of_layout: dict[bytes, Tensor] = {}
+
+    def convolve(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        other: Tensor | None = None,
+        *,
+        relu: bool = False,
+        size: torch.Size | None = None,
+    ) -> Tensor:
+        """Return the convolution of images in channels_last, plus ``other``, activated; without a graph.
+
+        ``size`` is that of images whose layout is good enough, where it takes long to make another.
+        """
+        packed = self._for(size or x.shape)
+        if other is None:
+            after = "relu" if relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *self._geometry, after, [], "")
+        after = "relu" if relu else None
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, packed, bias, *self._geometry, "add", 1.0, after, [], ""
+        )
+
+    def _for(self, size: torch.Size) -> Tensor:
+        if size not in self._of_size:
+            if self._weight is not None:
+                weight, self._weight = self._weight, None  # one copy is enough
+            else:
+                weight = next(iter(self._of_layout.values())).to_dense()
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(size))
+            layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+            if layout not in self._of_layout and len(self._of_layout) >= _LAYOUTS:
+                self._of_layout, self._of_size = {}, {}
+            self._of_size[size] = self._of_layout.setdefault(layout, packed)
+        return self._of_size[size]
 
 
 class Packed:
@@ -35,7 +100,7 @@ class Packed:
         self.weight, self.bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         self.stride, self.dilation = list(conv.stride), list(conv.dilation)
         self.padding = padding_of(conv)
-        self._forward = _pack(self.weight, self.padding, self.stride, self.dilation)
+        self._forward = Weights(self.weight, self.padding, self.stride, self.dilation)
         self._gradient: dict[type, _Kernel] = {}
 
     def __call__(self, x: Tensor, other: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -52,23 +117,12 @@ class Packed:
 
     def size_of(self, x: Tensor) -> torch.Size:
         """Return the output's shape."""
-        sides = (
-            (side + 2 * p - d * (k - 1) - 1) // s + 1
-            for side, p, d, k, s in zip(
-                x.shape[2:], self.padding, self.dilation, self.weight.shape[2:], self.stride, strict=True
-            )
-        )
-        return torch.Size((x.shape[0], self.weight.shape[0], *sides))
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
+        return torch.Size((len(x), len(self.weight), *sides(x.shape[2:], reach, self.stride, self.padding)))
 
     def compute(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
         """Return the output, without a graph."""
-        geometry = self.padding, self.stride, self.dilation, 1
-        if other is None:
-            after = "relu" if relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(x, self._forward, self.bias, *geometry, after, [], "")
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, other, self._forward, self.bias, *geometry, "add", 1.0, "relu" if relu else None, [], ""
-        )
+        return self._forward.convolve(x, self.bias, other, relu=relu)
 
     def kernel_for(self, shape: torch.Size) -> _Kernel | None:
         """Return what turns the output's gradient into that of images of a shape; None where torch's own is as fast."""
@@ -121,13 +175,11 @@ class _Flipped:
     """Stride 1: the gradient is a convolution with the flipped weights, and computed as one."""
 
     def __init__(self, packed: Packed):
-        self._padding, self._dilation = packed.flipped_padding(), packed.dilation
         weight = packed.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        self._weight = _pack(weight, self._padding, [1, 1], self._dilation)
+        self._weights = Weights(weight, packed.flipped_padding(), dilation=packed.dilation)
 
     def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        geometry = self._padding, [1, 1], self._dilation, 1
-        return torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
+        return self._weights.convolve(grad)
 
 
 class _InBlocks:
@@ -137,15 +189,13 @@ class _InBlocks:
     """
 
     def __init__(self, packed: Packed):
-        self._padding = packed.flipped_padding()
         flipped = packed.weight.flip(2, 3).transpose(0, 1)
         shifted = [F.pad(flipped, (column, 1 - column, row, 1 - row)) for row in (0, 1) for column in (0, 1)]
-        weight = torch.cat(shifted)
-        self._weight = _pack(weight.contiguous(memory_format=torch.channels_last), self._padding, [2, 2], [1, 1])
+        weight = torch.cat(shifted).contiguous(memory_format=torch.channels_last)
+        self._weights = Weights(weight, packed.flipped_padding(), stride=(2, 2))
 
     def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        geometry = self._padding, [2, 2], [1, 1], 1
-        blocks = torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
+        blocks = self._weights.convolve(grad)
         batch, channels, height, width = shape
         rows = blocks.permute(0, 2, 3, 1).view(batch, height // 2, width // 2, 2, 2 * channels)
         pixels = rows.view(_TWICE[grad.dtype]).transpose(2, 3).contiguous().view(grad.dtype)  # two numbers at a time
@@ -156,19 +206,23 @@ class _Spread:
     """A strided 1 x 1 convolution: the pixels that it read get a gradient, the others none."""
 
     def __init__(self, packed: Packed):
-        self._stride, self._padding = packed.stride, packed.padding
+        self._stride = packed.stride
         weight = packed.weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        self._weight = _pack(weight, [0, 0], [1, 1], [1, 1])
+        self._weights = Weights(weight, (0, 0))
 
     def __call__(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        geometry = [0, 0], [1, 1], [1, 1], 1
-        read = torch.ops.mkldnn._convolution_pointwise(grad, self._weight, None, *geometry, "none", [], "")
+        read = self._weights.convolve(grad)
         spread = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last).zero_()
         spread[:, :, :: self._stride[0], :: self._stride[1]] = read
         return spread
 
 
 _Kernel = _Flipped | _InBlocks | _Spread
+
+
+def sides(inputs: Sequence[int], reach: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """Return how many rows and columns of outputs there are, each of which depends on so many of the inputs."""
+    return [(n + 2 * p - r) // s + 1 for n, r, s, p in zip(inputs, reach, stride, padding, strict=True)]
 
 
 def padding_of(conv: nn.Conv2d) -> list[int] | None:
@@ -179,10 +233,6 @@ def padding_of(conv: nn.Conv2d) -> list[int] | None:
         return list(conv.padding)
     wide = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     return None if any(w % 2 for w in wide) else [w // 2 for w in wide]
-
-
-def _pack(weight: Tensor, padding: list[int], stride: list[int], dilation: list[int]) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, 1, [])
 
 
 @functools.cache

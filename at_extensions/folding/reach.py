@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from at_extensions.folding import onednn
 from at_extensions.folding.convolution import FastConv2d
 from at_extensions.folding.layers import EvalNorm, FoldedNorm, does_nothing
-from at_extensions.folding.onednn import padding_of
 from at_extensions.folding.tracing import is_exactly, is_hooked, module_of
 
 _ACTIVATIONS = {  # modules that act on every number by itself -> the same, not in place
@@ -110,7 +110,7 @@ class Sliding(NamedTuple):
 
     def whole(self, sides: tuple[int, int]) -> tuple[int, int]:
         """How many rows and columns of outputs there are for so many of inputs."""
-        return tuple((n + 2 * p - r) // s + 1 for n, p, r, s in zip(sides, self.padding, self.reach, self.stride))
+        return tuple(onednn.sides(sides, self.reach, self.stride, self.padding))
 
     def widest(self, sides: tuple[int, int], wholes: tuple[int, int]) -> tuple[int, int]:
         """How many rows and columns of outputs (``wholes`` are all) depend on so many of the inputs, at most."""
@@ -159,7 +159,7 @@ def step_of(network: nn.Module, node: fx.Node) -> Pointwise | Sliding | None:
 
 def _sliding(module: nn.Module) -> Sliding | None:
     if is_exactly(module, (FastConv2d, nn.Conv2d)):
-        padding = padding_of(module)
+        padding = onednn.padding_of(module)
         if padding is None or module.padding_mode != "zeros":
             return None
         reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size)]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from at_extensions.folding import onednn
+
 TILE, INNER = 4, 6  # pixels of a side that a tile writes, and that it reads
 
 # Lavin and Gray 2016, arXiv 1509.09308, section 4.3: Y = A^T ((G g G^T) * (B^T d B)) A
@@ -36,18 +38,18 @@ class Kernel(NamedTuple):
     """A convolution's transformed weights.
 
     Attributes:
-        forward: (36, C_out, C_in).
-        backward: (36, C_in, C_out): those of the convolution that takes the output's gradient to the input's.
+        forward: Of C_in channels to C_out.
+        backward: Of the convolution that takes the output's gradient to the input's.
     """
 
-    forward: Tensor
-    backward: Tensor
+    forward: _Products
+    backward: _Products
 
 
 @torch.no_grad()
 def transform(weight: Tensor) -> Kernel:
     """Return the transformed weights of a convolution, (C_out, C_in, 3, 3)."""
-    return Kernel(_transform(weight), _transform(weight.flip(2, 3).transpose(0, 1)))
+    return Kernel(_Products(weight), _Products(weight.flip(2, 3).transpose(0, 1)))
 
 
 def conv2d(x: Tensor, kernel: Kernel, bias: Tensor | None = None) -> Tensor:
@@ -79,11 +81,12 @@ class _Convolution(torch.autograd.Function):
         return _Convolution.apply(grad, Kernel(backward, forward), None), None, None
 
 
-def _convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    (batch, _, height, width), outputs = x.shape, weights.shape[1]
+def _convolve(x: Tensor, kernel: _Products, bias: Tensor | None) -> Tensor:
+    batch, _, height, width = x.shape
     to_tiles, _, from_tiles = _matrices(x.dtype, x.device)
     tiles = torch.matmul(to_tiles, _tiles(x))  # (T, 36, C_in)
-    products = _multiply(tiles, weights, bias)
+    products = kernel.of(tiles, bias)
+    outputs = products.shape[2]
     rows, columns = -(-height // TILE), -(-width // TILE)
     pixels = torch.matmul(from_tiles, products).view(batch, rows, columns, TILE, TILE, outputs)
     layout = {"memory_format": torch.channels_last}
@@ -101,25 +104,31 @@ def _tiles(x: Tensor) -> Tensor:
     return tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, INNER**2, channels)
 
 
-def _multiply(tiles: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply each of the 36 numbers' channels by its own matrix: (T, 36, C_in) to (T, 36, C_out).
+class _Products:
+    """Multiplies each of a tile's 36 numbers' channels by a matrix of its own, of transformed weights.
 
     A grouped 1 x 1 convolution, for its library is the faster one on every CPU, and takes this layout as it is.
     """
-    count, numbers, inputs = tiles.shape
-    outputs = weights.shape[1]
-    if bias is not None:
-        bias = F.pad(bias, (_ONES * outputs, (numbers - _ONES - 1) * outputs))
-    image = tiles.view(1, count, 1, numbers * inputs).permute(0, 3, 1, 2)
-    products = F.conv2d(image, weights.view(numbers * outputs, inputs, 1, 1), bias, groups=numbers)
-    return products.permute(0, 2, 3, 1).reshape(count, numbers, outputs)
 
+    def __init__(self, weight: Tensor):
+        self._outputs, self._inputs = weight.shape[:2]
+        _, to_weights, _ = _matrices(weight.dtype, weight.device)
+        columns = weight.permute(2, 3, 0, 1).reshape(9, self._outputs * self._inputs)
+        kernel = (to_weights @ columns).view(INNER**2 * self._outputs, self._inputs, 1, 1)
+        packs = weight.device.type == "cpu" and onednn.is_available(weight.dtype)
+        self._kernel = onednn.Weights(kernel, (0, 0), groups=INNER**2) if packs else kernel
 
-def _transform(weight: Tensor) -> Tensor:
-    outputs, inputs = weight.shape[:2]
-    _, to_weights, _ = _matrices(weight.dtype, weight.device)
-    columns = weight.permute(2, 3, 0, 1).reshape(9, outputs * inputs)
-    return (to_weights @ columns).view(INNER**2, outputs, inputs)
+    def of(self, tiles: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (T, 36, C_out) of tiles (T, 36, C_in)."""
+        if bias is not None:
+            bias = F.pad(bias, (_ONES * self._outputs, (INNER**2 - _ONES - 1) * self._outputs))
+        image = tiles.view(1, len(tiles), 1, INNER**2 * self._inputs).permute(0, 3, 1, 2)
+        if isinstance(self._kernel, onednn.Weights):
+            about = 1 << (len(tiles) - 1).bit_length()
+            products = self._kernel.convolve(image, bias, size=torch.Size((*image.shape[:3], about)))
+        else:
+            products = F.conv2d(image, self._kernel, bias, groups=INNER**2)
+        return products.permute(0, 2, 3, 1).reshape(len(tiles), INNER**2, self._outputs)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torchattacks.attack import Attack
 from at_extensions.attacks import Loss, RandomStream, check_attack, perturb
 from at_extensions.attacks.context import BATCHNORM
 from at_extensions.checks import check_model, check_name, unknown_name
-from at_extensions.folding import FoldedTwin, fold_batchnorm
+from at_extensions.folding import FoldedTwin, fold_batchnorm, training_pass
 
 
 class Step(NamedTuple):
@@ -43,9 +44,10 @@ class Method(nn.Module):
         batchnorm: How BatchNorm normalises during the attack: ``"eval"`` (running statistics) or ``"train"`` (the
             batch's own; running statistics are not updated either way).
         twin: Let the attack search on a folded twin of the model (``folding.fold_batchnorm``), refreshed once a step:
-            the same logits and input gradients up to rounding, in less time (on a CPU in float32 five digits of them,
-            where convolutions have many channels). Where nothing folds, where BatchNorm normalises by the batch, or
-            where attacks are nested, the model itself is searched on.
+            the same logits and input gradients up to rounding, in less time (on a CPU where convolutions have many
+            channels, five digits of them in float32, and in bfloat16 up to twice the rounding errors). Where nothing
+            folds, where BatchNorm normalises by the batch, or where attacks are nested, the model itself is searched
+            on. False also leaves the training pass's convolutions of few pixels to torch (``folding.training_pass``).
         seed: Where the stream of random starts begins.
 
     Raises:
@@ -69,6 +71,7 @@ class Method(nn.Module):
         self.stream = RandomStream(seed)
         folds = twin and batchnorm == "eval" and attack is not None and not attack._attacks
         self._twin: list[FoldedTwin | None] | None = [] if folds else None  # a list: the twin is no submodule
+        self._faster = twin
         self._compiled: dict | None = None
         self._local_buffers: list[str] = []
 
@@ -80,7 +83,9 @@ class Method(nn.Module):
             y: Class numbers (B,).
             index: Which training samples these are (B,), for methods that remember something of each.
         """
-        return self.loss(x, self.perturb(x, y, index), y, index)
+        x_adv = self.perturb(x, y, index)
+        with training_pass() if self._faster and self._compiled is None else contextlib.nullcontext():
+            return self.loss(x, x_adv, y, index)
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the adversarial examples (B, C, H, W) to train on, detached."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from at_extensions.folding import fold_batchnorm, onednn
+from at_extensions.folding import convolution, fold_batchnorm, onednn
 from at_extensions.models import create_model
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
@@ -188,6 +188,18 @@ def test_a_sum_and_a_relu_are_computed_with_the_convolution(wiring, waits, waits
         with torch.no_grad():
             twin(x)
     assert fused == ([] if computed is None else [computed] * 2)
+    assert_equal(model, twin.refresh(), images())
+
+
+@pytest.mark.parametrize(("wiring", "waits", "waits_for", "computed"), FUSED)
+def test_in_large_outputs_a_relu_alone_is(wiring, waits, waits_for, computed, fused, monkeypatch):
+    monkeypatch.setattr(convolution, "_FEW", 0)
+    monkeypatch.setattr(convolution, "_SMALL", 0)
+    model = build(wiring)
+    twin = fold_batchnorm(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        twin.refresh()(images())
+    assert fused == ([RELU] if computed == RELU else [])
     assert_equal(model, twin.refresh(), images())
 
 

@@ -1,6 +1,9 @@
 """Convolutions with oneDNN's packed weights against torch's own in float64, with all their derivatives."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +138,46 @@ def test_a_sum_is_rounded_once():
     ours = Packed(conv)(x, other, relu=True).double()
     twice = F.relu(F.conv2d(x, conv.weight, conv.bias, 1, 1) + other).double()
     assert (ours - truth).norm() < 0.9 * (twice - truth).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_laid_out_for_every_size_of_images(dtype, monkeypatch):
+    monkeypatch.setattr(onednn, "_LAYOUTS", 3)
+    conv, _ = make((96, 96, 3, 1, 1, 1, 8, 8), dtype)
+    packed, truth = Packed(conv), double(conv)
+    for batch, side in ((1, 8), (3, 8), (5, 8), (2, 4), (2, 16), (3, 8), (2, 7), (2, 5), (1, 8)):  # more than are kept
+        x = torch.randn(batch, 96, side, side).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+        out = packed(x)
+        assert_close(out, truth(x.double()), dtype)
+        expected = torch.autograd.grad(truth(x.double()).square().sum(), x)[0]
+        assert_close(torch.autograd.grad(out.double().square().sum(), x)[0], expected, dtype)
+        assert len(packed._forward._of_layout) <= 3
+    assert packed._forward._for((1, 96, 8, 8)) is packed._forward._for((7, 96, 8, 8))  # one for every batch
+
+
+VERBOSE = """
+import torch
+from at_extensions.folding import onednn
+conv = torch.nn.Conv2d(96, 192, {kernel}, padding={kernel} // 2).requires_grad_(False)
+conv = conv.to(torch.{dtype}, memory_format=torch.channels_last)
+x = torch.randn(4, 96, 8, 8).to(torch.{dtype}).to(memory_format=torch.channels_last).requires_grad_()
+packed = onednn.Packed(conv)
+for _ in range(2):
+    print("again", flush=True)
+    torch.autograd.grad(packed(x).sum(), x)
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_no_call_but_the_first_brings_weights_into_another_layout(kernel, dtype):
+    code = VERBOSE.format(kernel=kernel, dtype=str(dtype).removeprefix("torch."))
+    environment = os.environ | {"ONEDNN_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    again = done.stdout.split("again")[-1]
+    if "convolution" not in again:
+        pytest.skip("this oneDNN does not say what it does")
+    assert "reorder" not in again
 
 
 def test_what_it_cannot_do_it_does_not_offer():

@@ -44,10 +44,9 @@ def test_in_float32_it_keeps_five_digits():
 
 
 def test_the_weights_of_the_gradient_are_those_of_the_turned_kernel():
-    weight = random(4, 6, 3, 3)
-    kernel = winograd.transform(weight)
-    assert kernel.forward.shape == (36, 4, 6)
-    assert kernel.backward.shape == (36, 6, 4)
-    turned = winograd.transform(weight.flip(2, 3).transpose(0, 1))
-    torch.testing.assert_close(kernel.backward, turned.forward)
-    torch.testing.assert_close(kernel.forward, turned.backward)
+    weight, x, grad = random(4, 6, 3, 3), random(2, 6, 5, 5, seed=1), random(2, 4, 5, 5, seed=2)
+    kernel, turned = winograd.transform(weight), winograd.transform(weight.flip(2, 3).transpose(0, 1))
+    crossed = winograd.Kernel(kernel.backward, kernel.forward)
+    for a, b, image in ((kernel, winograd.Kernel(turned.backward, turned.forward), x), (crossed, turned, grad)):
+        assert torch.equal(winograd.conv2d(image, a), winograd.conv2d(image, b))
+    torch.testing.assert_close(winograd.conv2d(grad, crossed), F.conv_transpose2d(grad, weight, padding=1))
