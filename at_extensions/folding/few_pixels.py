@@ -16,23 +16,25 @@ from torch.overrides import TorchFunctionMode
 
 from at_extensions.folding import onednn
 
-# Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): so many pixels of an image are few,
-_FEW, _SEVERAL = 16, 64  # of the outputs; and where the kernel is 1 x 1, or strided
-_WEIGHTS = 2**17  # pairs of channels from which channels_last is slow for few pixels
-_CHANNELS = 64  # in and out, from which the weights' gradient is better multiplied
+# Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): from how many pairs of channels, up to how many
+# pixels of the output, the faster ways are faster
+_PAIRS, _PIXELS = 2**17, 16
+_STRIDED_PAIRS, _STRIDED_PIXELS = 2**15, 64  # where a larger kernel has a stride: the weights' gradient alone
 
 
 def leaves_channels_last(shape: torch.Size, pixels: int) -> bool:
     """Whether the usual layout is the faster one: weights of a shape, outputs of so many pixels an image."""
     outputs, inputs, *kernel = shape
-    return pixels <= _FEW and inputs * outputs >= _WEIGHTS and max(kernel) > 1
+    return pixels <= _PIXELS and inputs * outputs >= _PAIRS and max(kernel) > 1
 
 
 def multiplies(shape: torch.Size, stride: tuple[int, int], pixels: int) -> bool:
     """Whether the weights' gradient is better computed by a matrix multiplication."""
     outputs, inputs, *kernel = shape
-    few = _SEVERAL if max(kernel) == 1 or max(stride) > 1 else _FEW
-    return pixels <= few and min(inputs, outputs) >= _CHANNELS
+    pairs = inputs * outputs
+    if max(kernel) > 1 and max(stride) > 1 and pixels <= _STRIDED_PIXELS and pairs >= _STRIDED_PAIRS:
+        return True
+    return pixels <= _PIXELS and pairs >= _PAIRS
 
 
 def conv2d(
@@ -90,7 +92,8 @@ def _input_gradient(ctx, grad: Tensor, weight: Tensor, contiguous: Tensor | None
     if ctx.leaves and max(ctx.stride) == 1:  # with a stride, it writes more pixels than the convolution
         layout, weight = torch.contiguous_format, weight.contiguous() if contiguous is None else contiguous
     grad = grad.contiguous(memory_format=layout)
-    return nn.grad.conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding).contiguous(memory_format=ctx.layout)
+    of_x = onednn.input_gradient(grad, weight, ctx.shape, ctx.stride, ctx.padding)
+    return of_x.contiguous(memory_format=ctx.layout)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: tuple, padding: tuple) -> Tensor:
@@ -103,17 +106,21 @@ def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: tuple, 
     return torch.mm(rows.t(), columns).view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
 
-def training_pass() -> contextlib.AbstractContextManager:
+def training_pass(model: nn.Module) -> contextlib.AbstractContextManager:
     """Let a model's training pass, in bfloat16 on a CPU, compute such convolutions in the faster ways.
 
     Inside, ``F.conv2d`` (and so ``nn.Conv2d``) is routed for images in channels_last; the model is not touched, and its
-    backward pass may come later. Everything else, other devices and dtypes too, is left to torch; where autocast is not
-    on for a CPU in bfloat16, all of it is.
+    backward pass may come later. Everything else, other devices and dtypes too, is left to torch. All of it is where
+    autocast is not on for a CPU in bfloat16, and where no weights of the model are large enough.
+
+    Args:
+        model: What is called inside.
     """
     lowered = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
     if not lowered or torch.compiler.is_compiling() or not onednn.is_available(torch.bfloat16):
         return contextlib.nullcontext()
-    return _Routing()
+    large = any(p.ndim == 4 and p.shape[0] * p.shape[1] >= _STRIDED_PAIRS for p in model.parameters())
+    return _Routing() if large else contextlib.nullcontext()
 
 
 class _Routing(TorchFunctionMode):

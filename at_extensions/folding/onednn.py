@@ -163,9 +163,11 @@ class _Convolution(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             packed, kernel = ctx.packed, ctx.kernel
-            if kernel is None or torch.is_grad_enabled():  # a gradient of the gradient is asked for
-                geometry = packed.stride, packed.padding, packed.dilation
+            geometry = packed.stride, packed.padding, packed.dilation
+            if torch.is_grad_enabled():  # a gradient of the gradient is asked for
                 of_x = nn.grad.conv2d_input(ctx.shape, packed.weight, grad, *geometry)
+            elif kernel is None:
+                of_x = input_gradient(grad, packed.weight, ctx.shape, *geometry)
             else:
                 of_x = kernel(grad, ctx.shape)
         return of_x, grad if ctx.needs_input_grad[1] else None, None, None
@@ -218,6 +220,32 @@ class _Spread:
 
 
 _Kernel = _Flipped | _InBlocks | _Spread
+
+
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    shape: torch.Size,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """Return ``nn.grad.conv2d_input`` without its copy of images that are not looked at; no graph.
+
+    Args:
+        grad: The output's gradient (B, C_out, H', W'), in channels_last or the usual layout; so is what is returned.
+        weight: (C_out, C_in, kH, kW) in the same layout.
+        shape: Of the images.
+        stride: Of both sides.
+        padding: Zeros at each side.
+        dilation: Of both sides.
+    """
+    is_last = grad.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    images = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    wanted = [True, False, False]
+    backward = torch.ops.aten.convolution_backward
+    return backward(grad, images, weight, None, stride, padding, dilation, False, [0, 0], 1, wanted)[0]
 
 
 def sides(inputs: Sequence[int], reach: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> list[int]:

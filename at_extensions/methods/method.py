@@ -84,7 +84,7 @@ class Method(nn.Module):
             index: Which training samples these are (B,), for methods that remember something of each.
         """
         x_adv = self.perturb(x, y, index)
-        with training_pass() if self._faster and self._compiled is None else contextlib.nullcontext():
+        with training_pass(self.model) if self._faster and self._compiled is None else contextlib.nullcontext():
             return self.loss(x, x_adv, y, index)
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Convolutions of few pixels against torch's own, and a training pass that is routed through them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -15,12 +16,11 @@ GEOMETRIES = [  # channels in, out, kernel, stride, padding, height, width
     (384, 352, 3, 1, 1, 4, 4),  # leaves channels_last
     (256, 512, 3, 2, 1, 8, 8),
     (384, 384, 3, 1, 0, 5, 6),
-    (64, 64, 3, 1, 1, 4, 4),  # whose weights' gradient alone is computed otherwise
-    (64, 72, 3, 2, 1, 16, 16),
-    (64, 96, 1, 1, 0, 8, 8),
-    (64, 96, 1, (2, 1), 0, 8, 8),
-    (64, 64, (3, 1), 1, (1, 0), 4, 4),
-    (64, 64, 5, 3, 2, 9, 7),
+    (384, 352, (3, 1), 1, (1, 0), 4, 4),
+    (128, 256, 3, 2, 1, 16, 16),  # whose weights' gradient alone is computed otherwise
+    (512, 256, 1, 1, 0, 4, 4),
+    (512, 256, 1, (2, 1), 0, 8, 4),
+    (128, 256, 5, 3, 2, 9, 7),
 ]
 CASES = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 
@@ -87,7 +87,7 @@ def step(model, x, *, faster):
     """Return the loss and the gradients of one training pass under autocast."""
     with torch.autocast("cpu", torch.bfloat16):
         if faster:
-            with training_pass():
+            with training_pass(model):
                 out = model(x)
         else:
             out = model(x)
@@ -102,8 +102,8 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(64)
-        self.down = nn.Conv2d(64, 128, 3, stride=2, padding=1)
-        self.grouped = nn.Conv2d(128, 128, 3, stride=2, padding=1, groups=2)
+        self.down = nn.Conv2d(64, 512, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(512, 128, 3, stride=2, padding=1, groups=2)
         self.last = nn.Conv2d(128, 1024, 3, padding=1)
         self.same = nn.Conv2d(1024, 64, 3, padding="same")
         self.head = nn.Linear(64, 5)
@@ -126,7 +126,7 @@ def test_a_training_pass_has_the_gradients_it_had(routed):
     plain = copy.deepcopy(net)
     truth = copy.deepcopy(net).double()
     ours, theirs = step(net, x, faster=True), step(plain, x, faster=False)
-    assert routed == [(128, 64, 3, 3), (1024, 128, 3, 3)]
+    assert routed == [(512, 64, 3, 3), (1024, 128, 3, 3)]
     loss = truth(x.double()).square().mean()
     exact = [loss, *torch.autograd.grad(loss, list(truth.parameters()))]
     for (name, parameter), a, b, t in zip([("loss", x), *net.named_parameters()], ours, theirs, exact):
@@ -144,7 +144,7 @@ def test_what_is_frozen_gets_no_gradient(routed):
     net, x = make_net()
     net.down.requires_grad_(False)
     net.last.requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16), training_pass():
+    with torch.autocast("cpu", torch.bfloat16), training_pass(net):
         net(x).float().sum().backward()
     assert routed == [(1024, 128, 3, 3)]  # the weights' gradient was all that was to be gained with the other one
     assert net.last.weight.grad is None
@@ -167,17 +167,19 @@ def test_what_is_no_faster_is_left_to_torch(change, routed):
     reference = copy.deepcopy(net)
     with torch.autocast("cpu", torch.bfloat16):
         expected = reference(x)
-        with training_pass():
+        with training_pass(net):
             out = net(x)
     assert torch.equal(out, expected)
     assert not routed
 
 
-def test_without_autocast_nothing_is_routed(routed):
+def test_without_autocast_or_large_weights_nothing_is_routed(routed):
     net, x = make_net()
-    with training_pass():
+    with training_pass(net):
         net(x)
-    with torch.autocast("cpu", torch.float16), training_pass():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(training_pass(nn.Conv2d(128, 128, 3, stride=2)), contextlib.nullcontext)
+    with torch.autocast("cpu", torch.float16), training_pass(net):
         pass
     assert not routed
 
@@ -185,7 +187,7 @@ def test_without_autocast_nothing_is_routed(routed):
 @needs_bf16
 def test_checkpointing_and_transforms_get_torchs_own(routed):
     net, x = make_net()
-    with torch.autocast("cpu", torch.bfloat16), training_pass():
+    with torch.autocast("cpu", torch.bfloat16), training_pass(net):
         checkpoint(net, x, use_reentrant=False).float().sum().backward()
         assert not routed
         net.eval()  # transforms refuse to write running statistics
@@ -197,14 +199,15 @@ def test_checkpointing_and_transforms_get_torchs_own(routed):
 
 @needs_bf16
 def test_calls_with_keywords_are_routed_too(routed):
-    weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    net = nn.Conv2d(512, 64, 3).to(memory_format=torch.channels_last)
+    weight = net.weight
+    x = torch.randn(2, 512, 8, 8).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         expected = F.conv2d(x, weight, stride=2, padding=1)
-        with training_pass():
+        with training_pass(net):
             torch.testing.assert_close(F.conv2d(x, weight=weight, stride=2, padding=1), expected)
             with pytest.raises(RuntimeError, match="channels"):
-                F.conv2d(x[:, :32].contiguous(memory_format=torch.channels_last), weight)
+                F.conv2d(x[:, :256].contiguous(memory_format=torch.channels_last), weight)
             with pytest.raises(RuntimeError, match="size"):
                 F.conv2d(x[:, :, :1, :1], weight)
-    assert routed == [(64, 64, 3, 3)]
+    assert routed == [(64, 512, 3, 3)]

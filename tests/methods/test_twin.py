@@ -101,7 +101,7 @@ def test_the_training_pass_is_routed_in_bfloat16_with_a_twin_unless_compiled(way
     conv2d = few_pixels.conv2d
     monkeypatch.setattr(few_pixels, "conv2d", lambda *args: routed.append(args[0].shape) or conv2d(*args))
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 64, 3, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(576, 3))
+    model = nn.Sequential(nn.Conv2d(1, 512, 3, 2), nn.ReLU(), nn.Conv2d(512, 256, 3), nn.Flatten(), nn.Linear(2304, 3))
     model.to(memory_format=torch.channels_last)
     method = PGDAT(model, eps=0.1, alpha=0.1, steps=1, twin=way != "plain")
     if way == "compiled":
