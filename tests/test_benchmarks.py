@@ -84,3 +84,45 @@ def test_convolutions_are_compared_with_their_errors(monkeypatch, tmp_path):
     assert [len(seconds) for seconds in found["seconds"].values()] == [2, 2]
     assert max(found["errors"]["torch"]) < min(found["errors"]["twin"])  # two ways indeed
     assert max(found["errors"]["twin"]) < 1e-5
+
+
+def test_search_precision_tells_winograds_way_from_the_direct_one(monkeypatch, tmp_path):
+    import numpy as np
+    import torch
+
+    from at_extensions.models import create_model
+    from at_extensions.runs import save_weights
+
+    precision = importlib.import_module("search_precision")
+    monkeypatch.setattr(precision, "keep_freed_memory", lambda: None)
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet18", 10, width=8)
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.json"
+    save_weights(model, path)
+    least = precision.convolution._CHANNELS
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8), np.arange(200) % 10
+    data = {f"{part}_{what}": v for part in ("train", "test") for what, v in (("images", images), ("labels", labels))}
+    np.savez(tmp_path / "data.npz", **data)
+    options = [
+        "--data",
+        f"npz:{tmp_path / 'data.npz'}",
+        "--n-examples",
+        "32",
+        "--batch-size",
+        "16",
+        "--channels",
+        "16",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["search_precision.py", str(path), *options, "--out", str(out)])
+    precision.main()
+    assert least == precision.convolution._CHANNELS
+    found = json.loads(out.read_text())["models"][str(path)]
+    ways = found["ways"]
+    errors = {way: numbers["relative_error"] for way, numbers in ways.items()}
+    assert errors["fp32"] < errors["fp32, Winograd"] < 1e-4 < errors["bf16"]
+    assert errors["bf16"] != errors["bf16, Winograd"]
+    assert ways["fp32"]["equal_signs"] > ways["bf16"]["equal_signs"] > 0.8
+    assert all(0 <= numbers["withstand"] <= 32 for numbers in ways.values())

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 _FEW_CHANNELS = 4  # up to so many, the gradient of four pixels at once fills a vector of sixteen numbers
 
-_LAYOUTS = 8  # of one convolution's weights that are kept: a network sees few sizes of images
+_LAYOUTS = 4  # of one convolution's weights that are kept: a network sees few sizes of images
 _TWICE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}  # dtypes of twice the bytes
 
 
