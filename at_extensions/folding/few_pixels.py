@@ -99,8 +99,10 @@ def _input_gradient(ctx, grad: Tensor, weight: Tensor, contiguous: Tensor | None
 def _weight_gradient(grad: Tensor, x: Tensor, shape: torch.Size, stride: tuple, padding: tuple) -> Tensor:
     """Multiply the outputs' gradients by the inputs that each of them was computed of; in channels_last."""
     outputs, inputs, *kernel = shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    seen = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (B, H', W', C_in, kH, kW)
+    pixels = x.permute(0, 2, 3, 1)
+    if any(padding):
+        pixels = F.pad(pixels, (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    seen = pixels.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (B, H', W', C_in, kH, kW)
     columns = seen.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel[0] * kernel[1] * inputs)
     rows = grad.permute(0, 2, 3, 1).reshape(-1, outputs)
     return torch.mm(rows.t(), columns).view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
