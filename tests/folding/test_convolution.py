@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from at_extensions.folding import convolution, few_pixels, fold_batchnorm, winograd, winograd_rows
+from at_extensions.folding import convolution, few_pixels, fold_batchnorm, onednn, winograd, winograd_rows
 from at_extensions.folding.convolution import FastConv2d
 
 
@@ -108,6 +108,7 @@ def test_a_few_small_images_are_computed_directly(taken):
     assert taken["winograd"] == 0
 
 
+@pytest.mark.skipif(not onednn.is_available(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
 @pytest.mark.parametrize(
     ("n", "size", "change", "expected"),
     [
