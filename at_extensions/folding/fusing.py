@@ -94,7 +94,8 @@ def _is_plain_relu(module: nn.Module) -> bool:
 class Pending:
     """What a convolution will return: a tensor to whoever asks for it, computed when somebody does.
 
-    A sum and a ReLU are taken along; whatever else is done to it is done to the computed tensor.
+    A sum and a ReLU are taken along where gradients are recorded, or not, as they were for the convolution; whatever
+    else is done to it is done to the computed tensor. oneDNN's ReLU, if it is taken along, turns NaN into 0.
 
     Args:
         compute: Maps what is to be added (or None), and whether a ReLU comes last, to the result.
@@ -157,7 +158,11 @@ class Pending:
     relu_ = relu
 
     def _takes(self, other: object) -> bool:
-        return self._tensor is None and self._other is None and isinstance(other, Tensor) and self._fits(other)
+        is_alone = self._tensor is None and self._other is None
+        return is_alone and self._is_in_mode() and isinstance(other, Tensor) and self._fits(other)
+
+    def _is_in_mode(self) -> bool:
+        return torch.is_grad_enabled() == self._grad_mode
 
     def _plus(self, other: Tensor) -> Tensor | Pending:
         if not self._waits_for_relu:
@@ -166,7 +171,7 @@ class Pending:
 
     def _ended(self, relu: bool = False) -> Tensor:
         if self._tensor is None:
-            if relu:
+            if relu and self._is_in_mode():
                 return self._run(self._other, True)
             self._tensor = self._run(self._other, False)
         return F.relu(self._tensor) if relu else self._tensor

@@ -303,13 +303,43 @@ def test_whatever_code_the_trace_did_not_see_gets_a_tensor(use):
     assert (ours - expected).norm() < 1.2 * (theirs - expected).norm() + 0.01 * expected.norm()
 
 
-def test_no_gradient_flows_where_the_model_lets_none_flow():
-    def without_gradient(net, x):
-        with torch.no_grad():
-            out = branch(net, x)
-        return F.relu(out) + x
+def with_a_relu_on_what_lets_no_gradient_flow(net, x):
+    with torch.no_grad():
+        out = branch(net, x)
+    return F.relu(out) + x
 
-    model = build(without_gradient)
+
+def with_a_sum_on_what_lets_no_gradient_flow(net, x):
+    with torch.no_grad():
+        out = branch(net, x)
+    return F.relu(out + net.short(x))
+
+
+def with_a_sum_that_lets_none_flow(net, x):
+    out = branch(net, x)
+    with torch.no_grad():
+        out = out + x
+    return F.relu(out) + x
+
+
+def with_a_relu_that_lets_none_flow(net, x):
+    out = branch(net, x)
+    with torch.no_grad():
+        out = F.relu(out)
+    return out * x
+
+
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        with_a_relu_on_what_lets_no_gradient_flow,
+        with_a_sum_on_what_lets_no_gradient_flow,
+        with_a_sum_that_lets_none_flow,
+        with_a_relu_that_lets_none_flow,
+    ],
+)
+def test_no_gradient_flows_where_the_model_lets_none_flow(wiring):
+    model = build(wiring)
     assert_equal(model, fold_batchnorm(model), images())
 
 
