@@ -231,14 +231,20 @@ class FoldedTwin(nn.Module):
     def _fold(self, fold: _Fold) -> None:
         conv, norm, twin, lowers = fold
         dtype = self._dtype(conv.weight, lowers)
-        scale = torch.rsqrt(norm.running_var + norm.eps)
+        mean, variance = _precise(norm.running_mean), _precise(norm.running_var)
+        scale = torch.rsqrt(variance + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight
-        shift = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-        bias = -shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale, value=-1)
+        shift = mean if conv.bias is None else mean - conv.bias
+        bias = -shift * scale if norm.bias is None else torch.addcmul(_precise(norm.bias), shift, scale, value=-1)
         weight = self._memory(twin.weight, conv.weight, dtype, self._layout)
         torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=weight)
         self._memory(twin.bias, bias, dtype, torch.preserve_format).copy_(bias)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Return it in float32 at least: what is computed of bfloat16 is rounded once, as BatchNorm does itself."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _Fold(NamedTuple):

@@ -396,6 +396,23 @@ def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_mo
         assert all(torch.equal(a, b) for a, b in zip(held, copied))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_a_model_in_bfloat16_are_rounded_once(bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, bias=bias), nn.BatchNorm2d(64))
+    conv, norm = model
+    for tensor in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+        tensor.uniform_(0.5, 2)
+    model.to(torch.bfloat16)
+    folded = fold_batchnorm(model).network[0]
+    truth = copy.deepcopy(model).double()
+    expected = nn.utils.fuse_conv_bn_eval(truth[0].eval(), truth[1].eval())
+    half_a_digit = 2**-8 * (1 + 1e-5)  # of the largest numbers between two powers of two
+    for ours, theirs in ((folded.weight, expected.weight), (folded.bias, expected.bias)):
+        assert ours.dtype is torch.bfloat16
+        torch.testing.assert_close(ours.double(), theirs, rtol=half_a_digit, atol=1e-6)
+
+
 def test_under_autocast_the_twin_equals_autocast_on_the_same_folded_weights_bit_for_bit():
     torch.manual_seed(0)
     model = double(Wired(chained)).float()
