@@ -400,7 +400,7 @@ def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_mo
 def test_weights_of_a_model_in_bfloat16_are_rounded_once(bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3, bias=bias), nn.BatchNorm2d(64))
-    conv, norm = model
+    norm = model[1]
     for tensor in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
         tensor.uniform_(0.5, 2)
     model.to(torch.bfloat16)
