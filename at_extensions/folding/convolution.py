@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from at_extensions.folding import few_pixels, onednn, winograd, winograd_rows
 from at_extensions.folding.fusing import Pending
+from at_extensions.folding.layers import is_transformed
 
 # Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): below, the direct convolution is as fast.
 _CHANNELS, _TILES = 160, 16  # from where Winograd pays for its transforms: in and out, and tiles of a batch
@@ -29,7 +30,7 @@ def make_fast(convolutions: Sequence[nn.Conv2d]) -> list[FastConv2d]:
         packed = 2 * conv.out_channels * conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
         conv.may_transform = conv.has_many_channels() and transformed <= left
         conv.may_pack = may_pack and packed <= left
-        left -= transformed if conv.may_transform else packed if conv.may_pack else 0
+        left -= transformed * conv.may_transform + packed * conv.may_pack
     return list(convolutions)
 
 
@@ -49,7 +50,7 @@ class FastConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor | Pending:
         """Return what ``nn.Conv2d`` would."""
-        if x.device.type != "cpu" or x.ndim != 4 or self.padding_mode != "zeros" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed() or not self._fits(x):
             return super().forward(x)
         if self._takes_winograd(x):
             return winograd.conv2d(x, self._derived(_transformed), self.bias)
@@ -91,16 +92,29 @@ class FastConv2d(nn.Conv2d):
 
     def forget(self) -> None:
         """Let go of what was computed of the weights, which have changed."""
-        self._of_weight = None
+        self._of_weight: dict[Callable, object] = {}
 
     def _derived(self, function: Callable) -> object:
-        """Return a function of the convolution, computed at most once until its weights change."""
-        if self._of_weight is None or self._of_weight[0] is not function:
-            self._of_weight = function, function(self)
-        return self._of_weight[1]
+        """Return a function of the convolution, computed once until its weights change."""
+        known = self._of_weight  # this very one: in another thread the weights may change
+        if function not in known:
+            with torch.inference_mode(False), torch.no_grad():
+                known[function] = function(self)
+        return known[function]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_of_weight": None}
+        return self.__dict__ | {"_of_weight": {}}
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether these are images that can be convolved here."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels or self.padding_mode != "zeros":
+            return False
+        return self.padding == "same" or min(self._sides(x)) > 0
+
+    def _sides(self, x: Tensor) -> list[int]:
+        """Return how many rows and columns of outputs there are."""
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return onednn.sides(x.shape[2:], reach, self.stride, onednn.padding_of(self))
 
     def _takes_winograd(self, x: Tensor) -> bool:
         """Whether there are pixels enough, and the numbers have digits enough."""
@@ -136,7 +150,7 @@ class FastConv2d(nn.Conv2d):
     def _leaves_channels_last(self, x: Tensor) -> bool:
         if x.dtype is not torch.bfloat16 or self.dilation != (1, 1):
             return False
-        height, width = onednn.sides(x.shape[2:], self.kernel_size, self.stride, onednn.padding_of(self))
+        height, width = self._sides(x)
         return few_pixels.leaves_channels_last(self.weight.shape, height * width)
 
 

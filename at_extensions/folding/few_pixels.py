@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from at_extensions.folding import onednn
+from at_extensions.folding.layers import is_transformed
 
 # Measured on an AMD EPYC with AVX-512 (benchmarks/convolutions.py): from how many pairs of channels, up to how many
 # pixels of the output, the faster ways are faster
@@ -118,8 +119,7 @@ def training_pass(model: nn.Module) -> contextlib.AbstractContextManager:
     Args:
         model: What is called inside.
     """
-    lowered = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    if not lowered or torch.compiler.is_compiling() or not onednn.is_available(torch.bfloat16):
+    if not _lowers() or torch.compiler.is_compiling() or not onednn.is_available(torch.bfloat16):
         return contextlib.nullcontext()
     large = any(p.ndim == 4 and p.shape[0] * p.shape[1] >= _STRIDED_PAIRS for p in model.parameters())
     return _Routing() if large else contextlib.nullcontext()
@@ -148,7 +148,7 @@ class _Call:
             return False
         if x.device.type != "cpu" or weight.device.type != "cpu" or x.numel() == 0 or self.groups != 1:
             return False
-        if isinstance(self.padding, str) or _is_watched():
+        if isinstance(self.padding, str) or not _lowers() or _is_watched():
             return False
         self.stride, self.padding, dilation = (_both(n) for n in (self.stride, self.padding, self.dilation))
         dtypes = (torch.float32, torch.bfloat16)  # what autocast lowers
@@ -170,10 +170,14 @@ class _Call:
         return conv2d(self.x.to(dtype), self.weight.to(dtype), bias, self.stride, self.padding)
 
 
+def _lowers() -> bool:
+    """Whether autocast is on for a CPU in bfloat16."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+
+
 def _is_watched() -> bool:
     """Whether somebody counts on the operators themselves: transforms of torch.func, or checkpointing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch._C._are_functorch_transforms_active() or hooks is not None
+    return is_transformed() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _both(side: int | tuple[int, ...]) -> tuple[int, int]:

@@ -54,6 +54,8 @@ def _chain(network: nn.Module, node: fx.Node) -> list[fx.Node]:
         is_last = _is_relu(network, node)
         if not (is_last or does_nothing(module_of(network, node)) or (_is_sum(node) and not any(map(_is_sum, chain)))):
             break
+        if not node.meta["records"]:  # an autograd.Function takes what waits for no tensor
+            break
         chain.append(node)
         if is_last:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,7 +24,7 @@ class EvalNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the BatchNorm would."""
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not is_transformed():
             x = _EvalBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         else:
             x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -32,6 +33,11 @@ class EvalNorm(_BatchNorm):
 
 def _activate(norm: nn.Module, x: Tensor) -> Tensor:
     return norm.act(norm.drop(x)) if "act" in norm._modules else x
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know torch's own operators alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def does_nothing(module: nn.Module | None) -> bool:

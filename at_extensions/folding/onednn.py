@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 _FEW_CHANNELS = 4  # up to so many, the gradient of four pixels at once fills a vector of sixteen numbers
 
+_LOCK = threading.Lock()  # held while weights are laid out anew
 _LAYOUTS = 4  # of one convolution's weights that are kept: a network sees few sizes of images
 _TWICE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}  # dtypes of twice the bytes
 
@@ -73,17 +75,21 @@ class Weights:
         )
 
     def _for(self, size: torch.Size) -> Tensor:
-        if size not in self._of_size:
-            if self._weight is not None:
-                weight, self._weight = self._weight, None  # one copy is enough
-            else:
-                weight = next(iter(self._of_layout.values())).to_dense()
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(size))
-            layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
-            if layout not in self._of_layout and len(self._of_layout) >= _LAYOUTS:
-                self._of_layout, self._of_size = {}, {}
-            self._of_size[size] = self._of_layout.setdefault(layout, packed)
-        return self._of_size[size]
+        packed = self._of_size.get(size)
+        if packed is None:
+            with _LOCK, torch.inference_mode(False):
+                packed = self._of_size[size] = self._laid_out(size)
+        return packed
+
+    def _laid_out(self, size: torch.Size) -> Tensor:
+        weight = next(iter(self._of_layout.values())).to_dense() if self._weight is None else self._weight
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(size))
+        layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        if layout not in self._of_layout and len(self._of_layout) >= _LAYOUTS:
+            self._of_layout, self._of_size = {}, {}
+        packed = self._of_layout.setdefault(layout, packed)
+        self._weight = None  # one copy is enough
+        return packed
 
 
 class Packed:
@@ -151,12 +157,12 @@ class _Convolution(torch.autograd.Function):
         ctx.packed, ctx.shape = packed, x.shape
         if ctx.needs_input_grad[0]:  # now: by the time of the gradient, the weights may be others
             ctx.kernel = packed.kernel_for(x.shape)
-        ctx.save_for_backward(out if relu else None)
+        ctx.save_for_backward(out if relu else None, packed.weight)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (out,) = ctx.saved_tensors
+        out, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         if out is not None:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)
@@ -165,9 +171,9 @@ class _Convolution(torch.autograd.Function):
             packed, kernel = ctx.packed, ctx.kernel
             geometry = packed.stride, packed.padding, packed.dilation
             if torch.is_grad_enabled():  # a gradient of the gradient is asked for
-                of_x = nn.grad.conv2d_input(ctx.shape, packed.weight, grad, *geometry)
+                of_x = nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry)
             elif kernel is None:
-                of_x = input_gradient(grad, packed.weight, ctx.shape, *geometry)
+                of_x = input_gradient(grad, weight, ctx.shape, *geometry)
             else:
                 of_x = kernel(grad, ctx.shape)
         return of_x, grad if ctx.needs_input_grad[1] else None, None, None

@@ -49,6 +49,12 @@ class _Tracer(fx.Tracer):
         (self.lowered if torch.is_autocast_enabled(self.device.type) else self.full_precision).add(m)
         return super().call_module(m, forward, args, kwargs)
 
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        """Note whether a graph of gradients is recorded: not inside an autograd.Function, say."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["records"] = torch.is_grad_enabled()
+        return node
+
     def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict) -> object:
         """Note that a tensor was read."""
         if isinstance(attr_val, Tensor):
@@ -87,7 +93,8 @@ def trace(network: nn.Module) -> Trace:
     }
     device = device_of(network)
     # a forward that draws random numbers would draw them now
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.autocast(device.type):
+    untouched = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with untouched, torch.autocast(device.type), torch.enable_grad():
         try:
             tracer = _Tracer(device, (_ConvNd, _BatchNorm))
             graph = tracer.trace(network, defaults or None)

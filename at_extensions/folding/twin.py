@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from at_extensions.checks import check_model, device_of
 from at_extensions.folding.convolution import FastConv2d, make_fast
 from at_extensions.folding.fusing import fusable
-from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout
+from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout, is_transformed
 from at_extensions.folding.tracing import (
+    Trace,
     are_all_hooked,
     foldable_norms,
     foldable_pairs,
@@ -75,7 +76,8 @@ class FoldedTwin(nn.Module):
     nothing waits for a device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
     none, and the twin then runs under that autocast wherever it is called. On a CPU, convolutions are computed in the
     ways of ``convolution.FastConv2d``, some of them with the sum and the ReLU that follow (in bfloat16 they are then
-    rounded once), and a normalisation by 0 and 1 is left out (``models.Normalized.skip_identity_normalisation``).
+    rounded once, and a NaN becomes 0), and a normalisation by 0 and 1 is left out
+    (``models.Normalized.skip_identity_normalisation``).
 
     Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
     of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
@@ -104,10 +106,11 @@ class FoldedTwin(nn.Module):
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
         self._let_wait(not (any(self._hooks) or are_all_hooked()))
         if self._layout is torch.channels_last and x.ndim == 4 and not x.is_contiguous(memory_format=self._layout):
-            x = InLayout.apply(x, torch.channels_last)
+            x = x.contiguous(memory_format=self._layout) if is_transformed() else InLayout.apply(x, self._layout)
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             return self.network(x)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> FoldedTwin:
         """Take over the model's present weights, running statistics and device; returns the twin itself."""
@@ -144,6 +147,7 @@ class FoldedTwin(nn.Module):
         """Say how many BatchNorms were folded."""
         return f"folded={self.folded}"
 
+    @torch.inference_mode(False)
     def _build(self) -> None:
         model = self._model[0]
         network = _copy_sharing_tensors(model).eval()
@@ -158,11 +162,12 @@ class FoldedTwin(nn.Module):
             conv.weight, conv.bias = (nn.Parameter(torch.empty(0), requires_grad=False) for _ in range(2))
         self.network = network
         self._own: set[nn.Parameter] = set()  # those whose memory is not the model's
-        self._modules_seen = list(live.values())
+        self._seen = _structure(model)
         self._folds = [_Fold(live[conv], live[norm], conv, traced.lowers(conv)) for conv, norm in pairs]
         folded = {conv for conv, _ in pairs}
+        lowered = _lowered(network, traced)
         self._shared = [
-            _Shared(live[module], module, is_exactly(module, _LOWERED) and traced.lowers(module))
+            _Shared(live[module], module, module in lowered)
             for module in network.modules()
             if module not in folded and (module._parameters or module._buffers)
         ]
@@ -174,13 +179,10 @@ class FoldedTwin(nn.Module):
         self._hooks = hooks_of(module for module in network.modules() if not is_hooked(module))
 
     def _is_stale(self) -> bool:
-        """Whether modules of the model were exchanged, or a folded one got a hook, since the twin was built."""
-        seen = self._modules_seen
-        now = list(self._model[0].modules())
-        return (
-            len(now) != len(seen)
-            or any(a is not b for a, b in zip(now, seen))
-            or any(is_hooked(fold.conv) or is_hooked(fold.norm) for fold in self._folds)
+        """Whether modules of the model, their tensors' names or their hooks are others than the twin was built of."""
+        now = _structure(self._model[0])
+        return len(now) != len(self._seen) or any(
+            a is not b or names != seen for (a, *names), (b, *seen) in zip(now, self._seen, strict=True)
         )
 
     def _let_wait(self, waits: bool) -> None:
@@ -226,7 +228,7 @@ class FoldedTwin(nn.Module):
         if not fits or (layout is torch.channels_last and not held.is_contiguous(memory_format=layout)):
             held.data = torch.empty_like(like, dtype=dtype, memory_format=layout)
             self._own.add(held)
-        return held.data
+        return held.detach()  # not .data: a graph that holds the old weights then says so, as torch does
 
     def _fold(self, fold: _Fold) -> None:
         conv, norm, twin, lowers = fold
@@ -269,6 +271,30 @@ class _Shared(NamedTuple):
 
 _LOWERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _structure(model: nn.Module) -> list[tuple]:
+    """Return every module with what a twin is built of: whether it is hooked, and the names of its tensors."""
+
+    def names(module: nn.Module) -> list[str]:
+        return [name for held in (module._parameters, module._buffers) for name, t in held.items() if t is not None]
+
+    return [(module, is_hooked(module), *names(module)) for module in model.modules()]
+
+
+def _lowered(network: nn.Module, traced: Trace) -> set[nn.Module]:
+    """Return the modules whose weights can be kept in autocast's dtype: all that hold the same tensor, or none."""
+
+    def held(modules: set[nn.Module]) -> set[nn.Parameter]:
+        return {p for module in modules for p in module._parameters.values() if p is not None}
+
+    lowered = {module for module in network.modules() if is_exactly(module, _LOWERED) and traced.lowers(module)}
+    others = set(network.modules()) - lowered
+    while others:
+        kept = held(others)
+        others = {module for module in lowered if held({module}) & kept}
+        lowered -= others
+    return lowered
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
