@@ -105,8 +105,9 @@ class FoldedTwin(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
         self._let_wait(not (any(self._hooks) or are_all_hooked()))
-        if self._layout is torch.channels_last and x.ndim == 4 and not x.is_contiguous(memory_format=self._layout):
-            x = x.contiguous(memory_format=self._layout) if is_transformed() else InLayout.apply(x, self._layout)
+        last = torch.channels_last
+        if self._layout is last and x.ndim == 4 and not is_transformed() and not x.is_contiguous(memory_format=last):
+            x = InLayout.apply(x, last)
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             return self.network(x)
 

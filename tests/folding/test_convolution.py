@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -106,6 +107,38 @@ def test_a_few_small_images_are_computed_directly(taken):
     twin = fold_batchnorm(trained(Net().double()))
     twin(images(n=1, size=8))
     assert taken["winograd"] == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("size", [(3, 3, 3), (4, 8, 8)], ids=str)
+def test_images_that_do_not_fit_are_refused_in_torchs_words_and_spoil_nothing(size, autocast):
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.ReLU()))
+    twin, x = fold_batchnorm(model), images(n=2, size=8, dtype=torch.float32)
+    wrong = torch.rand(2, *size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        twin.refresh()
+        with pytest.raises(RuntimeError) as theirs:
+            model(wrong)
+        with pytest.raises(RuntimeError) as ours:
+            twin(wrong)
+        assert str(ours.value) == str(theirs.value)
+        torch.testing.assert_close(twin(x), model(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_threads_may_share_a_twin(autocast):
+    model = trained(Net(width=256))
+    twin = fold_batchnorm(model)
+    batches = [images(n, size, dtype=torch.float32) for n, size in ((1, 4), (16, 8), (3, 6), (2, 4))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        truth = [logits_and_gradient(fold_batchnorm(model), x) for x in batches]
+        for _ in range(5):
+            twin.refresh()
+            with ThreadPoolExecutor(len(batches)) as pool:
+                found = list(pool.map(lambda x: logits_and_gradient(twin, x), batches))
+            for ours, theirs in zip(found, truth):
+                for a, t in zip(ours, theirs):
+                    assert (a - t).norm() <= 1e-2 * t.norm()
 
 
 @pytest.mark.skipif(not onednn.is_available(torch.bfloat16), reason="no oneDNN, or none in bfloat16")

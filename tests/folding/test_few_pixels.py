@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -194,7 +195,36 @@ def test_checkpointing_and_transforms_get_torchs_own(routed):
         parameters = {name: p.detach() for name, p in net.named_parameters()}
         torch.func.grad(lambda p: torch.func.functional_call(net, p, x).float().sum())(parameters)
         assert not routed
+        x = torch.rand(2, 128, 4, 4).contiguous(memory_format=torch.channels_last)
+        with forward_ad.dual_level():
+            out = net.last(forward_ad.make_dual(x, torch.ones_like(x)))
+            assert forward_ad.unpack_dual(out).tangent is not None
+        assert not routed
+        net.last(x)
+        assert routed
     assert net.down.weight.grad is not None
+
+
+@needs_bf16
+@pytest.mark.parametrize("settings", [{"enabled": False}, {"dtype": torch.float16}])
+def test_where_a_model_sets_autocast_itself_torchs_own_way_is_taken(settings, routed):
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(512, 512, 3, padding=1)
+
+        def forward(self, x):
+            with torch.autocast("cpu", **settings):
+                return self.conv(x)
+
+    net = Careful().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 512, 4, 4).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = net(x)
+        with training_pass(net):
+            assert torch.equal(net(x), expected)
+    assert expected.dtype is settings.get("dtype", torch.float32)
+    assert not routed
 
 
 @needs_bf16

@@ -3,11 +3,14 @@
 import copy
 import logging
 import pickle
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from at_extensions.attacks import PGD, attacking
 from at_extensions.folding import fold_batchnorm
@@ -338,7 +341,24 @@ def test_a_hook_that_comes_later_unfolds_its_pair_at_the_next_refresh():
     assert twin.refresh().folded == 1
     assert_twin_equals(twin, model, images(size=6))
     handle.remove()
+    assert twin.refresh().folded == 2
+    assert_twin_equals(twin, model, images(size=6))
+
+
+@pytest.mark.parametrize("name", ["conv2", "head"])
+def test_a_backward_hook_that_comes_later_fires_from_the_next_refresh_on(name):
+    torch.manual_seed(0)
+    model = double(Wired(chained))
+    twin = fold_batchnorm(model)
+    fired = []
+
+    def tripled(module, grads, _):
+        fired.append(module)
+        return tuple(None if grad is None else 3 * grad for grad in grads)
+
+    model.get_submodule(name).register_full_backward_hook(tripled)
     assert_twin_equals(twin.refresh(), model, images(size=6))
+    assert len(fired) == 2
 
 
 # --- the twin follows the model ---------------------------------------------------------------------------------------
@@ -355,6 +375,124 @@ def test_the_twin_follows_weights_that_are_replaced_and_modules_that_are_exchang
     assert_twin_equals(twin.refresh(), model, images(size=6))
     model.conv2 = nn.Conv2d(4, 4, 1, dtype=torch.float64)
     assert_twin_equals(twin.refresh(), model, images(size=6))
+
+
+def without_bias(model):
+    model.conv.bias = None
+
+
+def with_another_bias(model):
+    model.folded.bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+
+def pruned(model):
+    prune.l1_unstructured(model.conv, "weight", 0.5)
+
+
+def with_old_weight_norm(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model.conv)
+
+
+def with_new_weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model.conv)
+
+
+def without_statistics(model):
+    model.norm.running_mean = model.norm.running_var = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [without_bias, with_another_bias, pruned, with_old_weight_norm, with_new_weight_norm, without_statistics],
+)
+def test_the_twin_follows_modules_whose_tensors_become_others(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        OrderedDict(
+            folded=nn.Conv2d(3, 4, 3, bias=False),
+            norm=nn.BatchNorm2d(4),
+            conv=nn.Conv2d(4, 4, 3),
+            flat=nn.Flatten(),
+            head=nn.Linear(16, 2),
+        )
+    )
+    twin = fold_batchnorm(double(model))
+    change(model)
+    assert_twin_equals(twin.refresh(), model, images(size=6))
+
+
+def test_a_gradient_of_weights_that_are_gone_is_refused():
+    torch.manual_seed(0)
+    model = double(Wired(chained)).float()
+    twin = fold_batchnorm(model)
+    x = images(size=6, dtype=torch.float32).requires_grad_()
+    out = twin(x).sum()
+    model.conv1.weight.data.mul_(2)
+    twin.refresh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, x)
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_weight_that_two_modules_hold_has_a_dtype_that_suits_both(first):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x)).mean((2, 3))
+            precise, other = (self.a, self.b) if first == "a" else (self.b, self.a)
+            with torch.autocast("cpu", enabled=False):
+                x = precise(x.float())
+            return other(x)
+
+    torch.manual_seed(0)
+    model = double(Tied()).float()
+    twin, x = fold_batchnorm(model), images(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        twin.refresh()
+        truth = in_eval_mode(model)(x)
+        torch.testing.assert_close(twin(x), truth, rtol=0.05, atol=0.05)
+    assert twin.network.a.weight is twin.network.b.weight
+    assert twin.network.a.weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("width", [4, 192, 512])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_twin_that_was_built_or_called_in_inference_mode_gives_gradients_too(width, autocast):
+    torch.manual_seed(0)
+    layers = (nn.BatchNorm2d(3), nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU())
+    model = double(nn.Sequential(*layers, nn.Conv2d(width, width, 3, padding=1), nn.Flatten(), nn.LazyLinear(2)))
+    x = images(n=4, size=4, dtype=torch.float32)
+    model.float()(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.inference_mode():
+            twin = fold_batchnorm(model)
+            twin(x)
+        truth = logits_and_gradient(in_eval_mode(model), x)[1]
+        for _ in range(2):
+            ours = logits_and_gradient(twin, x)[1]
+            assert (ours - truth).norm() < (0.1 if autocast else 1e-4) * truth.norm()
+            twin.refresh()
+
+
+def test_transforms_see_through_a_twin():
+    torch.manual_seed(0)
+    model = double(Wired(chained)).float().eval()
+    twin = fold_batchnorm(model)
+    x, v = images(size=6, dtype=torch.float32), images(size=6, dtype=torch.float32).flip(3)
+    for f in (
+        lambda network: torch.func.grad(lambda x: network(x).square().sum())(x),
+        lambda network: torch.func.jvp(network, (x,), (v,))[1],
+        lambda network: torch.func.vmap(lambda x: network(x[None]))(x),
+        lambda network: torch.func.vmap(torch.func.grad(lambda x: network(x[None]).square().sum()))(x),
+    ):
+        torch.testing.assert_close(f(twin), f(model), rtol=1e-4, atol=1e-5)
 
 
 def test_the_twin_follows_a_normalisation_that_starts_and_stops_to_do_something():
