@@ -80,6 +80,14 @@ def reat_arm(**method_options) -> Arm:
     return Arm({"method": "reat", "method_options": method_options})
 
 
+REAT_FORMS = (
+    "reat_released",
+    "reat_pairwise_logit",
+    "reat_pairwise",
+    "reat_pairwise_logit_0.1",
+    "reat_logit_no_tail",
+)
+
 # DEAT: at equal nominal rates, and at the rates that give equal effective ones (analysis.diffusion.matched_lr)
 OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "momentum": 0.0},
@@ -144,10 +152,7 @@ STUDIES = {
         },
         autoattack={"cpu": 300, "gpu": None},
         precision={"cpu": "bf16", "gpu": "fp32"},
-        pairs=tuple(
-            (arm, "at_bsl")
-            for arm in ("at", "reat_released", "reat_pairwise_logit", "reat_pairwise_logit_0.1", "reat_logit_no_tail")
-        ),
+        pairs=tuple((arm, "at_bsl") for arm in ("at", *REAT_FORMS)),
     ),
     "deat": Study(
         question="Does DEAT make PGD-AT more robust than plain SGD and SGD with momentum 0.9 at the same nominal rate, "
