@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from at_extensions.folding import few_pixels, onednn, winograd, winograd_rows
+from at_extensions.folding import few_pixels, onednn, two_way, winograd, winograd_rows
 from at_extensions.folding.fusing import Pending
 from at_extensions.folding.layers import is_transformed
 
@@ -53,11 +53,11 @@ class FastConv2d(nn.Conv2d):
         if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed() or not self._fits(x):
             return super().forward(x)
         if self._takes_winograd(x):
-            return winograd.conv2d(x, self._derived(_transformed), self.bias)
+            return two_way.conv2d(x, self._derived(_transformed), self.bias)
         if self._takes_prepared(x):
             x = x.to(self.weight.dtype)
             if self._takes_rows(x):
-                return winograd_rows.conv2d(x, self._derived(_transformed_rows), self.bias)
+                return two_way.conv2d(x, self._derived(_transformed_rows), self.bias)
             if self._leaves_channels_last(x):
                 padding = onednn.padding_of(self)
                 return few_pixels.conv2d(x, self.weight, self.bias, self.stride, padding, self._derived(_contiguous))
@@ -154,11 +154,11 @@ class FastConv2d(nn.Conv2d):
         return few_pixels.leaves_channels_last(self.weight.shape, height * width)
 
 
-def _transformed(conv: nn.Conv2d) -> winograd.Kernel:
+def _transformed(conv: nn.Conv2d) -> two_way.Kernel:
     return winograd.transform(conv.weight.detach())
 
 
-def _transformed_rows(conv: nn.Conv2d) -> winograd_rows.Kernel:
+def _transformed_rows(conv: nn.Conv2d) -> two_way.Kernel:
     return winograd_rows.transform(conv.weight.detach())
 
 

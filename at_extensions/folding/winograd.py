@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from at_extensions.folding import onednn
+from at_extensions.folding.two_way import Kernel
 
 TILE, INNER = 4, 6  # pixels of a side that a tile writes, and that it reads
 
@@ -34,54 +34,17 @@ _AT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 
 _ONES = INNER + 1  # a constant in this place of a transformed tile is the same constant in every pixel: a bias
 
 
-class Kernel(NamedTuple):
-    """A convolution's transformed weights.
-
-    Attributes:
-        forward: Of C_in channels to C_out.
-        backward: Of the convolution that takes the output's gradient to the input's.
-    """
-
-    forward: _Products
-    backward: _Products
-
-
 @torch.no_grad()
 def transform(weight: Tensor) -> Kernel:
-    """Return the transformed weights of a convolution, (C_out, C_in, 3, 3)."""
-    return Kernel(_Products(weight), _Products(weight.flip(2, 3).transpose(0, 1)))
+    """Return the transformed weights of a convolution, (C_out, C_in, 3, 3), for ``two_way.conv2d``.
 
-
-def conv2d(x: Tensor, kernel: Kernel, bias: Tensor | None = None) -> Tensor:
-    """Convolve with stride 1 and a zero padding of 1, as ``F.conv2d(x, weight, bias, padding=1)``.
-
-    In float32 five digits are kept, where a direct convolution keeps six. Differentiable in ``x`` alone, as often as
-    one likes.
-
-    Args:
-        x: (B, C_in, H, W) of the weights' dtype; channels_last is the layout that costs no copy.
-        kernel: ``transform(weight)``.
-        bias: (C_out,) or None.
-
-    Returns:
-        (B, C_out, H, W) in channels_last.
+    In float32 five digits are kept, where a direct convolution keeps six.
     """
-    return _Convolution.apply(x, kernel, bias)
+    both = weight, weight.flip(2, 3).transpose(0, 1)
+    return Kernel(*(functools.partial(_convolve, _Products(of_one)) for of_one in both))
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, kernel: Kernel, bias: Tensor | None) -> Tensor:
-        ctx.kernel = kernel
-        return _convolve(x, kernel.forward, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        forward, backward = ctx.kernel
-        return _Convolution.apply(grad, Kernel(backward, forward), None), None, None
-
-
-def _convolve(x: Tensor, kernel: _Products, bias: Tensor | None) -> Tensor:
+def _convolve(kernel: _Products, x: Tensor, bias: Tensor | None) -> Tensor:
     batch, _, height, width = x.shape
     to_tiles, _, from_tiles = _matrices(x.dtype, x.device)
     tiles = torch.matmul(to_tiles, _tiles(x))  # (T, 36, C_in)

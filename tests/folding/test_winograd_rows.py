@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from at_extensions.folding import onednn, winograd_rows
+from at_extensions.folding import onednn, two_way, winograd_rows
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
 
@@ -31,7 +31,7 @@ def test_in_float32_it_is_the_convolution_with_its_first_and_second_derivatives(
     b = random(24, seed=2) if bias else None
     kernel = winograd_rows.transform(weight)
     cotangent = random(batch, 24, *sides, seed=3)
-    ours = values_and_gradients(lambda x: winograd_rows.conv2d(x, kernel, b), x, cotangent)
+    ours = values_and_gradients(lambda x: two_way.conv2d(x, kernel, b), x, cotangent)
     direct = lambda x: F.conv2d(x, weight.double(), None if b is None else b.double(), padding=1)  # noqa: E731
     truth = values_and_gradients(direct, x.double(), cotangent.double())
     for a, t in zip(ours, truth):
@@ -52,7 +52,7 @@ def test_in_bfloat16_its_error_is_about_twice_that_of_the_direct_one():
     truth = values_and_gradients(lambda x: F.conv2d(x, exact.double(), padding=1), x.double(), cotangent.double())
     direct = values_and_gradients(lambda x: F.conv2d(x, weight, padding=1), x, cotangent)
     kernel = winograd_rows.transform(weight)
-    ours = values_and_gradients(lambda x: winograd_rows.conv2d(x, kernel), x, cotangent)
+    ours = values_and_gradients(lambda x: two_way.conv2d(x, kernel), x, cotangent)
     assert all(a.dtype is torch.bfloat16 for a in ours)
     for a, d, t in zip(ours[:2], direct[:2], truth[:2]):
         assert error(a, t) < 0.005
@@ -62,9 +62,9 @@ def test_in_bfloat16_its_error_is_about_twice_that_of_the_direct_one():
 def test_images_are_told_apart():
     x, weight = random(6, 16, 5, 5), random(8, 16, 3, 3, seed=1)
     kernel = winograd_rows.transform(weight)
-    together = winograd_rows.conv2d(x, kernel)
+    together = two_way.conv2d(x, kernel)
     for image, one in zip(x, together):
-        torch.testing.assert_close(winograd_rows.conv2d(image[None], kernel)[0], one)
+        torch.testing.assert_close(two_way.conv2d(image[None], kernel)[0], one)
 
 
 @pytest.mark.parametrize(("batch", "pairs"), [(128, 2), (128, 16), (7, 4), (1, 100), (96, 4)])
