@@ -267,3 +267,8 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in model.buffers():
         return tensor.device
     return torch.device("cpu")
+
+
+def is_about_a_view(error: RuntimeError) -> bool:
+    """Whether torch refuses to ``view`` a tensor in the layout that it has, such as a map in channels_last."""
+    return "view size is not compatible" in str(error)

@@ -117,11 +117,12 @@ class FastConv2d(nn.Conv2d):
         return onednn.sides(x.shape[2:], reach, self.stride, onednn.padding_of(self))
 
     def _takes_winograd(self, x: Tensor) -> bool:
-        """Whether there are pixels enough, and the numbers have digits enough."""
+        """Whether there are pixels enough, digits enough, and the layout is the one that comes out."""
         tiles = len(x) * -(-x.shape[2] // winograd.TILE) * -(-x.shape[3] // winograd.TILE)
         return (
             self.may_transform
             and tiles >= _TILES
+            and self.weight.is_contiguous(memory_format=torch.channels_last)
             and x.dtype == self.weight.dtype
             and (x.dtype is torch.float64 or (x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")))
         )

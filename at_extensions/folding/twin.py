@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from at_extensions.checks import check_model, device_of
+from at_extensions.checks import check_model, device_of, is_about_a_view
 from at_extensions.folding.convolution import FastConv2d, make_fast
 from at_extensions.folding.fusing import fusable
 from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout, is_transformed
@@ -82,7 +82,8 @@ class FoldedTwin(nn.Module):
     Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
     of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
     were when the twin was built. Keep a twin out of other modules' attributes (in a list, say): its parameters, which
-    require no gradient, would enter their state dict. It is always in eval mode.
+    require no gradient, would enter their state dict. It is always in eval mode. A twin in channels_last whose model
+    flattens its maps by ``view`` leaves that layout when it is first called.
 
     Attributes:
         network: The model's copy that runs.
@@ -105,11 +106,29 @@ class FoldedTwin(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
         self._let_wait(not (any(self._hooks) or are_all_hooked()))
+        if self._layout is not torch.channels_last or torch.compiler.is_compiling():
+            return self._run(x)
+        try:
+            return self._run(x)
+        except RuntimeError as error:
+            if not is_about_a_view(error):
+                raise
+            self._leave_channels_last()
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         last = torch.channels_last
         if self._layout is last and x.ndim == 4 and not is_transformed() and not x.is_contiguous(memory_format=last):
             x = InLayout.apply(x, last)
         with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             return self.network(x)
+
+    def _leave_channels_last(self) -> None:
+        """Compute in the model's own layout from now on: it flattens its maps by ``view``, which takes no other."""
+        self._channels_last = False
+        self._own.clear()  # whose memory is in the other layout
+        with torch.autocast(device_of(self._model[0]).type, dtype=self._autocast, enabled=self._autocast is not None):
+            self.refresh()
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -27,6 +27,7 @@ from at_extensions.checks import (
     check_name,
     check_number,
     device_of,
+    is_about_a_view,
     looks_like_probabilities,
 )
 from at_extensions.methods import Method
@@ -233,7 +234,15 @@ class Trainer:
     def _check(self, x: Tensor, y: Tensor) -> None:
         check_images(x)
         with attacking(self.method.model), torch.no_grad():
-            logits = check_logits(self.method.model(x[:2]), len(x[:2]))
+            try:
+                logits = check_logits(self.method.model(x[:2]), len(x[:2]))
+            except RuntimeError as error:
+                if not (self.channels_last and is_about_a_view(error)):
+                    raise
+                raise ValueError(
+                    "the model flattens its maps by view(), which channels_last does not allow; let it use flatten(), "
+                    "or train with channels_last=False"
+                ) from error
         if looks_like_probabilities(logits):
             raise ValueError(
                 "the model returns probabilities, not logits; remove its softmax (cross-entropy applies its own)"

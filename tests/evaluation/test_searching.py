@@ -135,6 +135,28 @@ def test_a_network_with_nothing_to_fold_runs_in_channels_last(make_images):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_network_that_flattens_by_view_is_evaluated_as_one_that_flattens(net, make_images, label, small_suite):
+    class Flattened(nn.Module):
+        def __init__(self, flatten):
+            super().__init__()
+            self.conv, self.norm, self.flatten = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), flatten
+            self.head = nn.LazyLinear(4)
+
+        def forward(self, x):
+            return self.head(self.flatten(self.norm(self.conv(x)).relu()))
+
+    torch.manual_seed(0)
+    x = make_images(12, low=0, high=1)
+    viewing, flat = Flattened(lambda x: x.view(x.shape[0], -1)).eval(), Flattened(nn.Flatten()).eval()
+    viewing(x), flat(x)
+    flat.load_state_dict(viewing.state_dict())
+    y = label(flat, x)
+    assert search_model(viewing, x) is not viewing
+    for precision in ("fp32", "bf16"):
+        ours, truth = (evaluate(model, x, y, eps=0.02, precision=precision) for model in (viewing, flat))
+        assert torch.equal(ours.robust, truth.robust)
+
+
 def test_a_network_without_convolutions_is_searched_as_it_is(linear, make_images):
     model = linear(4).eval()
     assert search_model(model, make_images(4)) is model

@@ -435,6 +435,37 @@ def test_a_gradient_of_weights_that_are_gone_is_refused():
         torch.autograd.grad(out, x)
 
 
+class Viewing(nn.Module):
+    """Flattens its map by ``view``, which takes the usual layout alone."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(36 * width, 2)
+
+    def forward(self, x):
+        x = F.gelu(self.norm(self.conv1(x)))
+        return self.head(F.gelu(self.conv2(x)).view(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("width", [4, 256])
+@pytest.mark.parametrize("channels_last", [None, True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_that_views_its_maps_has_a_twin_in_its_own_layout(width, channels_last, autocast):
+    torch.manual_seed(0)
+    model = double(Viewing(width)).float()
+    x = images(n=16, size=8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        twin = fold_batchnorm(model, channels_last=channels_last)
+        truth = logits_and_gradient(in_eval_mode(model), x)[1]
+        for _ in range(2):
+            ours = logits_and_gradient(twin, x)[1]
+            assert (ours - truth).norm() < (0.1 if autocast else 1e-4) * truth.norm()
+            twin.refresh()
+    assert twin.network.conv1.weight.dtype is (torch.bfloat16 if autocast else torch.float32)
+
+
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_a_weight_that_two_modules_hold_has_a_dtype_that_suits_both(first):
     class Tied(nn.Module):

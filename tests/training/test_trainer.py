@@ -204,8 +204,23 @@ class Spatial(nn.Module):
         return self.conv(x)
 
 
+class Viewing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, 3), nn.Linear(108, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x.view(x.shape[0], -1))
+
+
 @pytest.mark.parametrize(
-    ("model", "message"), [(Softmaxed(), "probabilities, not logits"), (Spatial(), r"logits \(B, K\)")]
+    ("model", "message"),
+    [
+        (Softmaxed(), "probabilities, not logits"),
+        (Spatial(), r"logits \(B, K\)"),
+        (Viewing(), "channels_last=False"),
+    ],
 )
 def test_a_model_that_returns_no_logits_is_refused_before_the_first_step(model, message):
     before = copy.deepcopy(model.state_dict())
