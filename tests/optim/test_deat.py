@@ -458,6 +458,7 @@ RANK = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from at_extensions.optim import DEAT
+from at_extensions.training.distributed import disconnect
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
@@ -472,7 +473,8 @@ for images, labels in zip(x[:, rank::2], y[:, rank::2]):
     torch.nn.functional.cross_entropy(wrapped(images), labels).backward()
     optimizer.step()
 torch.save(model.state_dict(), out)
-dist.destroy_process_group()
+del wrapped  # its threads end before the interpreter does: otherwise they may abort the process
+disconnect()
 """
 
 
