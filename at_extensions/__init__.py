@@ -20,6 +20,8 @@ _HOME = {  # public name -> the module it lives in
     "create_method": "methods",
     "list_methods": "methods",
     "Trainer": "training",
+    "train": "commands.train",
+    "evaluate_run": "commands.evaluate",
     "RunDirectory": "runs",
     "keep_freed_memory": "memory",
 }
@@ -30,6 +32,7 @@ _ROOMS = (
     "data",
     "evaluation",
     "experiments",
+    "folding",
     "memory",
     "methods",
     "models",

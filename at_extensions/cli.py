@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 
 from at_extensions.memory import keep_freed_memory
+from at_extensions.processes import is_main
 from at_extensions.runs import RunDirectory, find_runs
 
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError)
@@ -20,21 +21,23 @@ EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingP
 
 def _commands() -> dict[str, Callable | dict]:
     """Return the commands; what they need loads here, not when the package is imported."""
-    from at_extensions import evaluation, experiments, publishing, training
+    from at_extensions import experiments, publishing
+    from at_extensions.commands.evaluate import evaluate_run
+    from at_extensions.commands.train import train as train_run
 
-    @wraps(training.train)
+    @wraps(train_run)
     def train(*args, **kwargs):
-        run = training.train(*args, **kwargs)
-        if not _speaks():
+        run = train_run(*args, **kwargs)
+        if not is_main():
             return
         numbers = ((k, v) for k, v in run.metrics()[-1].items() if isinstance(v, (int, float)))
         print("  ".join(f"{key} {value:.4g}" for key, value in numbers))
         print(f"run: {run.path}\nnext: at-extensions evaluate {run.path}")
 
-    @wraps(evaluation.evaluate_run)
+    @wraps(evaluate_run)
     def evaluate(run, **kwargs):
-        result = evaluation.evaluate_run(run, **kwargs)
-        if not _speaks():
+        result = evaluate_run(run, **kwargs)
+        if not is_main():
             return
         print(result)
         print(f"model_info: {publishing.write_run_info(run)}")
@@ -138,11 +141,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"at-extensions: error: {error}", file=sys.stderr)
         return 1
     return status or 0
-
-
-def _speaks() -> bool:
-    """Whether this process is the one that prints and writes: the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _underscores(argument: str) -> str:

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 import at_extensions as atx
 from at_extensions.analysis import layer_criticality
-from at_extensions.analysis._named_models import open_model
 from at_extensions.data import load_dataset
+from at_extensions.named_models import open_model
 from measuring import machine
 
 RESULT = Path(__file__).parent / "results" / "criticality.json"

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 
 from at_extensions.analysis import LayerCriticality, layer_criticality
-from at_extensions.analysis._named_models import open_model
 from at_extensions.attacks import PGD
 from at_extensions.data import load_dataset
 from at_extensions.memory import keep_freed_memory
+from at_extensions.named_models import open_model
 from at_extensions.publishing import criticality_plots as plots
 from at_extensions.publishing.criticality import write_criticality
 from at_extensions.publishing.figures import save_png

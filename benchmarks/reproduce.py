@@ -25,6 +25,7 @@ from torch import nn
 
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_name
+from at_extensions.commands.train import train
 from at_extensions.data import load_dataset
 from at_extensions.data.split import LabelledSplit
 from at_extensions.evaluation import count_correct, evaluate
@@ -34,7 +35,6 @@ from at_extensions.models import load_model
 from at_extensions.publishing import figures, sweep_plots
 from at_extensions.publishing.sweeps import is_sweep, rank_correlations, sweep_point
 from at_extensions.runs import RunDirectory, write_json
-from at_extensions.training import train
 from at_extensions.training.metrics import by_frequency
 from measuring import machine
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from at_extensions.commands.train import train
 from at_extensions.folding import onednn
-from at_extensions.training import train
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py"))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from at_extensions.analysis._untouched import own_randomness, reseed
 from at_extensions.checks import check_name, unknown_name
+from at_extensions.untouched import random_state_kept, reseed
 
 RESETS = ("random", "norm_matched", "permute", "zero")
 """What a reset puts in a layer's place, beside a state dict to rewind to."""
@@ -160,7 +160,7 @@ class Resets:
         return sum(self._state[name].numel() * self._state[name].element_size() for name in layer.tensors)
 
     def _fresh_tensors(self, seed: int, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        with own_randomness():
+        with random_state_kept():
             reseed(seed)
             network = self._fresh(seed)
         if not isinstance(network, nn.Module):

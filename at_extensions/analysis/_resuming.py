@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from at_extensions.analysis._recording import Operation, Recording
-from at_extensions.analysis._untouched import reseed
+from at_extensions.untouched import reseed
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 """From the weights that replace a layer's own to the logits of the batch."""

@@ -15,8 +15,8 @@ from at_extensions.analysis._divergences import divergence
 from at_extensions.analysis._recording import CannotRecordError, Recording
 from at_extensions.analysis._resets import Layer
 from at_extensions.analysis._resuming import Schedule, WholeNetwork
-from at_extensions.analysis._untouched import reseed
 from at_extensions.checks import check_labels, check_logits, looks_like_probabilities
+from at_extensions.untouched import reseed
 
 Weights = Mapping[str, Tensor]
 log = logging.getLogger(__name__)

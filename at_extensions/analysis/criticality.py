@@ -15,10 +15,10 @@ from at_extensions.analysis._divergences import DIVERGENCES
 from at_extensions.analysis._layer_results import LayerCriticality, half_width, interval_of, standard_deviation
 from at_extensions.analysis._resets import Layer, Predicate, Resets, choose_layers, unique_tensors
 from at_extensions.analysis._sweeping import Sweeper, batches
-from at_extensions.analysis._untouched import untouched
 from at_extensions.attacks import RandomStream, check_attack, perturb
 from at_extensions.checks import check_count, check_images, check_labels, check_model, check_name, check_number
 from at_extensions.models import fresh_like
+from at_extensions.untouched import untouched
 
 
 def layer_criticality(

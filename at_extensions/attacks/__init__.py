@@ -1,9 +1,10 @@
 """Attacks that torchattacks lacks, and the context in which any of its attacks runs."""
 
 from at_extensions.attacks.class_eps import ClassEpsPGD, robust_lt_scales
-from at_extensions.attacks.context import RandomStream, attacking, check_attack, perturb
 from at_extensions.attacks.nfgsm import NFGSM
 from at_extensions.attacks.pgd import PGD, Loss
+from at_extensions.attacks.running import check_attack, perturb
+from at_extensions.untouched import RandomStream, attacking
 
 __all__ = [
     "NFGSM",

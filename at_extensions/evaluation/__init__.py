@@ -4,7 +4,6 @@ from at_extensions.evaluation.accuracy import accuracy, count_correct
 from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.flags import Flag
 from at_extensions.evaluation.report import Examples, RobustnessReport
-from at_extensions.evaluation.run import evaluate_run
 from at_extensions.evaluation.state import state_digest
 
 __all__ = [
@@ -14,6 +13,5 @@ __all__ = [
     "accuracy",
     "count_correct",
     "evaluate",
-    "evaluate_run",
     "state_digest",
 ]

@@ -11,9 +11,9 @@ from torchattacks.attack import Attack
 
 from at_extensions.attacks import RandomStream, attacking, check_attack, perturb
 from at_extensions.checks import check_count, check_logits, check_model, check_name, device_of
-from at_extensions.evaluation.isolation import random_state_kept
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.searching import PRECISIONS, search_model
+from at_extensions.untouched import random_state_kept
 
 
 def accuracy(

@@ -25,11 +25,9 @@ from at_extensions.evaluation import flags as signs
 from at_extensions.evaluation import masking
 from at_extensions.evaluation.driver import Clean, Driver, Listener, Predict, Verdicts, clean_pass
 from at_extensions.evaluation.flags import Flag
-from at_extensions.evaluation.isolation import isolated
 from at_extensions.evaluation.report import Examples, RobustnessReport, summary
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.searching import PRECISIONS, search_model
-from at_extensions.evaluation.sharding import Ranks, sharing
 from at_extensions.evaluation.state import Batch, Store, state_digest, weights_digest
 from at_extensions.evaluation.suite import (
     ATTACKS,
@@ -41,7 +39,9 @@ from at_extensions.evaluation.suite import (
     make_attackers,
     settings,
 )
+from at_extensions.processes import Ranks, sharing
 from at_extensions.runs import versions
+from at_extensions.untouched import isolated
 from at_extensions.upstream import backend_version
 
 

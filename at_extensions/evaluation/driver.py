@@ -13,10 +13,10 @@ from torch import Tensor
 from at_extensions.checks import check_labels, check_logits
 from at_extensions.evaluation.flags import Warnings
 from at_extensions.evaluation.samples import Samples
-from at_extensions.evaluation.sharding import Ranks
 from at_extensions.evaluation.state import Batch, Store
 from at_extensions.evaluation.suite import aimed
 from at_extensions.evaluation.verification import fooled
+from at_extensions.processes import Ranks
 
 Predict = Callable[[Tensor], Tensor]
 

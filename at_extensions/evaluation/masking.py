@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from at_extensions.evaluation import apgd
+from at_extensions.evaluation.attacks import apgd
 from at_extensions.evaluation.flags import Flag, Warnings
 from at_extensions.evaluation.verification import ORDER, fooled
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from at_extensions.evaluation import evaluate_run
+from at_extensions.commands.evaluate import evaluate_run
+from at_extensions.commands.train import train
 from at_extensions.publishing import write_report, write_run_info
 from at_extensions.runs import RunDirectory
-from at_extensions.training import train
 
 EPS = 0.2  # at 8/255 even a standard CNN keeps 93 % of these digits; at 0.2 it keeps next to none
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torchattacks.attack import Attack
 
 from at_extensions.attacks import Loss, RandomStream, check_attack, perturb
-from at_extensions.attacks.context import BATCHNORM
 from at_extensions.checks import check_model, check_name, unknown_name
 from at_extensions.folding import FoldedTwin, fold_batchnorm, training_pass
+from at_extensions.untouched import BATCHNORM
 
 
 class Step(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchattacks.attack import Attack
@@ -20,6 +19,7 @@ from at_extensions.methods.balanced_softmax import (
 )
 from at_extensions.methods.method import Method, Step, check_takes_loss, register
 from at_extensions.models import classifier_of, logits_and_features
+from at_extensions.processes import add_over_ranks
 
 VARIANTS = ("released", "pairwise")
 """TAIL and class weights as the released code computes them, or as the paper intends them."""
@@ -157,8 +157,7 @@ class REAT(Method):
 
     def epoch_end(self) -> None:
         """Turn this epoch's counts, over all processes, into the next epoch's weights, and start counting anew."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.predicted)
+        add_over_ranks(self.predicted)
         self.class_weights.copy_(self._weights(self.predicted))
         self.predicted.zero_()
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from at_extensions.analysis import LayerCriticality, layer_criticality
-from at_extensions.analysis._named_models import open_model
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_eps, parse_fraction
 from at_extensions.data import load_dataset
+from at_extensions.named_models import open_model
 from at_extensions.publishing import criticality_plots as plots
 from at_extensions.publishing.figures import save_png
 from at_extensions.runs import write_json, write_text

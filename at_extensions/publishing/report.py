@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from at_extensions.publishing import figures, plots, sweep_plots
-from at_extensions.publishing.commands import evaluate_command, train_command
 from at_extensions.publishing.model_info import eps_fraction
 from at_extensions.publishing.pages import compact_yaml, render
+from at_extensions.publishing.reproduction import evaluate_command, train_command
 from at_extensions.publishing.sweeps import SweepPoint, is_sweep, rank_correlations, sweep_point
 from at_extensions.runs import RunDirectory, write_text
 

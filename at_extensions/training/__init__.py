@@ -1,7 +1,6 @@
 """The one training loop, and the optimisers and schedules it is usually given."""
 
 from at_extensions.training.presets import list_presets, preset
-from at_extensions.training.run import train
 from at_extensions.training.schedule import OPTIMIZERS, SCHEDULES, create_optimizer, create_scheduler
 from at_extensions.training.trainer import History, Trainer
 
@@ -14,5 +13,4 @@ __all__ = [
     "create_scheduler",
     "list_presets",
     "preset",
-    "train",
 ]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from at_extensions import processes
 from at_extensions.runs import RunDirectory, atomic, save_weights
-from at_extensions.training import distributed
 from at_extensions.training.metrics import numbers
 
 
@@ -38,7 +38,7 @@ class Checkpointer:
             raise FileExistsError(f"{self.run.path} holds a run; resume it or choose another directory")
         if config is not None:
             _agree(self.run, config)
-            if distributed.is_main():
+            if processes.is_main():
                 self.run.write_config(config)
 
     def load(self) -> dict | None:
@@ -59,9 +59,9 @@ class Checkpointer:
         if self.run is None:
             return
         state = make_state()
-        if distributed.is_main():
+        if processes.is_main():
             self._write(state, model)
-        distributed.barrier()
+        processes.barrier()
 
     def _write(self, state: dict, model: nn.Module) -> None:
         best = state["best_epoch"] == state["epoch"]

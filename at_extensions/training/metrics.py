@@ -14,7 +14,7 @@ from at_extensions.checks import device_of
 from at_extensions.data import frequency_groups
 from at_extensions.evaluation.accuracy import add_by_class, count_correct, count_correct_by_class
 from at_extensions.methods import Step
-from at_extensions.training.distributed import add_over_ranks
+from at_extensions.processes import add_over_ranks
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchattacks.attack import Attack
 from tqdm.auto import tqdm
 
+from at_extensions import processes
 from at_extensions.attacks import PGD, attacking
 from at_extensions.checks import (
     check_class_counts,
@@ -32,7 +33,6 @@ from at_extensions.checks import (
 )
 from at_extensions.methods import Method
 from at_extensions.runs import RunDirectory
-from at_extensions.training import distributed
 from at_extensions.training.checkpoint import Checkpointer
 from at_extensions.training.metrics import EpochSums, autocast, merged, numbers, validate
 from at_extensions.training.schedule import learning_rate
@@ -127,7 +127,7 @@ class Trainer:
         self.clip_grad = clip_grad if clip_grad is None else check_number("clip_grad", clip_grad, above=0)
         self.seed, self.progress, self.channels_last = seed, progress, channels_last
         self.class_counts = None if class_counts is None else check_class_counts(class_counts)
-        method.stream.seed += 7919 * distributed.rank()  # each process starts its attacks elsewhere
+        method.stream.seed += 7919 * processes.rank()  # each process starts its attacks elsewhere
         if channels_last:
             method.model.to(memory_format=torch.channels_last)
         self.ema = None if ema is None else _average(method.model, check_number("ema", ema, above=0, below=1))
@@ -179,7 +179,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "loader": train.state_dict() if hasattr(train, "state_dict") else None,
-            "streams": distributed.gather(self.method.stream.state_dict()),
+            "streams": processes.gather(self.method.stream.state_dict()),
             "rows": self.history.rows,
             "best_epoch": self.history.best_epoch,
         }
@@ -197,7 +197,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
-            self.method.stream.load_state_dict(state["streams"][distributed.rank()])
+            self.method.stream.load_state_dict(state["streams"][processes.rank()])
             if hasattr(train, "load_state_dict"):
                 train.load_state_dict(state["loader"])
             self.history = History(state["rows"], state["best_epoch"])
@@ -266,7 +266,7 @@ class Trainer:
         if val is None:
             return {}
         started = time.perf_counter()
-        distributed.share_buffers(self.model)
+        processes.share_buffers(self.model)
         options = {"precision": self.precision, "seed": self.seed, "class_counts": self.class_counts}
         row = validate(self.model, val, self._val_attack, **options)
         return row | {"val_seconds": time.perf_counter() - started}
@@ -281,7 +281,7 @@ class Trainer:
             self.history.best_epoch = row["epoch"]
 
     def _bar(self, iterable: Iterable, text: str, **options):
-        silent = True if not (self.progress and distributed.is_main()) else None  # None: silent off a terminal
+        silent = True if not (self.progress and processes.is_main()) else None  # None: silent off a terminal
         return tqdm(iterable, desc=text, disable=silent, dynamic_ncols=True, **options)
 
 
@@ -309,7 +309,7 @@ def _average(model: nn.Module, decay: float):
 
 
 def _wrap(method: Method) -> nn.Module:
-    if distributed.world_size() == 1:
+    if processes.world_size() == 1:
         return method
     device = device_of(method)
     return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from at_extensions.commands.train import train
 from at_extensions.data import load_dataset
 from at_extensions.evaluation import RobustnessReport, evaluate
 from at_extensions.models import load_model
-from at_extensions.training import train
 
 ATTACKS = ["apgd-ce", "apgd-t", "fab-t"]
 DUAL = {"Linf": 1, "L2": 2, "L1": float("inf")}

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from at_extensions import processes
 from at_extensions.methods import REAT
-from at_extensions.training import distributed
 
 
 def work() -> None:
@@ -34,6 +34,5 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    distributed.connect()
-    work()
-    distributed.disconnect()
+    with processes.connected():
+        work()

@@ -458,7 +458,7 @@ RANK = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from at_extensions.optim import DEAT
-from at_extensions.training.distributed import disconnect
+from at_extensions.processes import disconnect
 
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)

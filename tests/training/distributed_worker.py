@@ -5,10 +5,11 @@ import sys
 import torch
 from torch import nn
 
+from at_extensions import processes
 from at_extensions.attacks import PGD
 from at_extensions.data import ImageSplit, make_loader
 from at_extensions.methods import PGDAT
-from at_extensions.training import Trainer, create_optimizer, create_scheduler, distributed
+from at_extensions.training import Trainer, create_optimizer, create_scheduler
 
 
 class Float64(nn.Module):
@@ -26,7 +27,7 @@ class Float64(nn.Module):
 def fit(out: str, epochs: int) -> None:
     labels = torch.arange(50) % 3  # 50: the last step of an epoch is not full
     images = torch.randint(0, 255, (50, 1, 8, 8), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
-    world, rank, model = distributed.world_size(), distributed.rank(), Float64()
+    world, rank, model = processes.world_size(), processes.rank(), Float64()
     options = {"rank": rank, "world_size": world}
     train = make_loader(
         ImageSplit(images, labels, 3), 16 // world, augment="crop", drop_last=True,
@@ -44,7 +45,6 @@ def fit(out: str, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    distributed.connect()
-    fit(sys.argv[1], 2)
-    fit(sys.argv[1], 4)
-    distributed.disconnect()
+    with processes.connected():
+        fit(sys.argv[1], 2)
+        fit(sys.argv[1], 4)

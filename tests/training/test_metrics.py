@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from at_extensions.attacks import PGD, RandomStream, perturb
+from at_extensions.commands.train import train
 from at_extensions.methods import Step
-from at_extensions.training import train
 from at_extensions.training.metrics import EpochSums, merged, numbers, validate
 
 COUNTS = [1, 9, 5, 7]  # by count: 1, 3 are the head, 2 the medium, 0 the tail

@@ -13,10 +13,8 @@ from torch import Tensor
 from at_extensions.checks import check_eps, check_name, check_norm
 from at_extensions.evaluation import flags as signs
 from at_extensions.evaluation.driver import Clean, Driver, Listener, Verdicts, clean_pass
-from at_extensions.evaluation.isolation import frozen, isolated
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.served.state import EvaluationState
-from at_extensions.evaluation.sharding import Ranks
 from at_extensions.evaluation.state import Batch, Store, weights_digest
 from at_extensions.evaluation.suite import (
     VERSIONS,
@@ -28,6 +26,8 @@ from at_extensions.evaluation.suite import (
     settings,
 )
 from at_extensions.evaluation.verification import ORDER
+from at_extensions.processes import Ranks
+from at_extensions.untouched import frozen, isolated
 from at_extensions.upstream import attack_module, backend_version
 
 

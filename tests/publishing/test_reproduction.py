@@ -5,9 +5,9 @@ import shlex
 import jsonargparse
 import pytest
 
-from at_extensions.evaluation import evaluate_run
-from at_extensions.publishing.commands import evaluate_command, train_command
-from at_extensions.training import train
+from at_extensions.commands.evaluate import evaluate_run
+from at_extensions.commands.train import train
+from at_extensions.publishing.reproduction import evaluate_command, train_command
 
 
 def read_back(command, function):

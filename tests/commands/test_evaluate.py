@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from at_extensions import create_model
-from at_extensions.evaluation import evaluate_run
+from at_extensions.commands.evaluate import evaluate_run
+from at_extensions.commands.train import train
 from at_extensions.runs import RunDirectory, load_tensors, save_weights
-from at_extensions.training import train
 
 
 @pytest.fixture
@@ -87,15 +87,3 @@ def test_under_torchrun_one_process_writes_what_a_single_one_would(tmp_path):
     assert shared["robust"] == alone.robust.tolist()
     assert shared["data"] == alone.data
     assert shared["weights"] == alone.weights
-
-
-@pytest.mark.parametrize(("rank", "device"), [(None, "cuda:3"), (1, "cuda:1"), (5, "cuda:1")])
-def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch, rank, device):
-    from at_extensions.evaluation import sharding
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(sharding, "_launched_by_torchrun", lambda: rank is not None)
-    monkeypatch.setenv("LOCAL_RANK", str(rank or 0))
-    assert sharding.own_device() == torch.device(device)

@@ -10,8 +10,8 @@ from at_extensions.checks import parse_fraction
 from at_extensions.data import is_long_tailed, load_dataset
 from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.report import RobustnessReport
-from at_extensions.evaluation.sharding import own_device, own_rank
 from at_extensions.models import load_model
+from at_extensions.processes import is_main, own_device
 from at_extensions.runs import RunDirectory
 
 
@@ -93,7 +93,7 @@ def evaluate_run(
         **settings,
     )
     report = replace(report, data_name=data or trained["name"])
-    if own_rank() == 0:
+    if is_main():
         directory.write_evaluation(report.to_dict(), report.examples and report.examples.to_dict())
     return report
 

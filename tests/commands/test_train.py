@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from at_extensions.evaluation import evaluate_run
+from at_extensions.commands.evaluate import evaluate_run
+from at_extensions.commands.train import train
 from at_extensions.methods import list_methods
 from at_extensions.models import load_model
 from at_extensions.runs import load_tensors
-from at_extensions.training import train
 
 QUICK = {"data": "digits", "epochs": 1, "model_options": {"width": 4}, "augment": "crop", "eps": 0.2, "progress": False}
 

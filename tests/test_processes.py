@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from at_extensions import processes
 from at_extensions.evaluation import RobustnessReport, evaluate
-from at_extensions.evaluation.sharding import Ranks, sharing
+from at_extensions.processes import Ranks, sharing
 
 SCRIPT = """
 import json, os, sys
@@ -70,7 +71,7 @@ def torchrun(tmp_path_factory):
     torch.save({"x": x, "y": y, "linear": model[1].state_dict()}, out / "tensors.pt")
     (out / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [*command, str(out / "script.py"), str(out), str(out / "tensors.pt")],
         capture_output=True, text=True, timeout=100, env=environment,
@@ -122,3 +123,13 @@ def test_one_process_alone():
         assert type(ranks) is Ranks
         assert ranks.gather(3) == [3]
         assert ranks.together(lambda: 4) == [4]
+
+
+@pytest.mark.parametrize(("rank", "device"), [(None, "cuda:3"), (1, "cuda:1"), (5, "cuda:1")])
+def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch, rank, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(processes, "launched", lambda: rank is not None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank or 0))
+    assert processes.own_device() == torch.device(device)

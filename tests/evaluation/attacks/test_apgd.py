@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from at_extensions.evaluation.apgd import MARGIN, Standing, attack_classes, fooled_beyond_doubt
+from at_extensions.evaluation.attacks.apgd import MARGIN, Standing, attack_classes, fooled_beyond_doubt
 from at_extensions.evaluation.flags import Warnings
 from at_extensions.upstream import attack_module
 

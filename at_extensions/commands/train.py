@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from at_extensions import processes
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_eps, parse_fraction
 from at_extensions.data import Splits, is_long_tailed, load_dataset, make_loader
 from at_extensions.methods import Method, create_method
 from at_extensions.models import create_model
 from at_extensions.runs import RunDirectory, versions
-from at_extensions.training import distributed
 from at_extensions.training.schedule import create_optimizer, create_scheduler
 from at_extensions.training.trainer import Trainer
 
@@ -121,7 +121,7 @@ def train(
     """
     settings = dict(locals())
     eps = check_eps(parse_fraction(eps))
-    with distributed.connected() as device:
+    with processes.connected() as device:
         _fit(settings, eps, device)
     return RunDirectory(out)
 
@@ -192,10 +192,10 @@ def _method(settings: dict, net: nn.Module, splits: Splits, eps: float) -> Metho
 
 
 def _loaders(settings: dict, splits: Splits, device: torch.device):
-    world = distributed.world_size()
+    world = processes.world_size()
     if settings["batch_size"] % world:
         raise ValueError(f"batch_size {settings['batch_size']} cannot be shared out over {world} processes")
-    shared = {"device": device, "rank": distributed.rank(), "world_size": world}
+    shared = {"device": device, "rank": processes.rank(), "world_size": world}
     train_batches = make_loader(
         splits.train,
         settings["batch_size"] // world,

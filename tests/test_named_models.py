@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import at_extensions as atx
-from at_extensions.analysis._named_models import load_checkpoint, open_model
+from at_extensions.named_models import load_checkpoint, open_model
 from at_extensions.runs import RunDirectory, save_weights
 
 

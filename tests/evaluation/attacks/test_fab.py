@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from at_extensions.evaluation.fab import attack_class, projection_l2, projection_linf
+from at_extensions.evaluation.attacks.fab import attack_class, projection_l2, projection_linf
 from at_extensions.upstream import attack_module
 
 PROJECTIONS = {"linf": projection_linf, "l2": projection_l2}

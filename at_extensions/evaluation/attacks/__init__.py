@@ -1,0 +1,1 @@
+"""AutoAttack's attacks in faster forms: the same verdicts as upstream's."""
