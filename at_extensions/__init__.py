@@ -21,7 +21,9 @@ _HOME = {  # public name -> the module it lives in
     "list_methods": "methods",
     "Trainer": "training",
     "train": "commands.train",
+    "TrainSettings": "settings",
     "evaluate_run": "commands.evaluate",
+    "EvaluateSettings": "settings",
     "RunDirectory": "runs",
     "keep_freed_memory": "memory",
 }
@@ -37,8 +39,10 @@ _ROOMS = (
     "methods",
     "models",
     "optim",
+    "presets",
     "publishing",
     "runs",
+    "settings",
     "training",
 )
 

@@ -295,6 +295,51 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """Return ``device`` as a torch device if tensors can be put on it.
+
+    Raises:
+        ValueError: Unknown, or not on this machine.
+    """
+    text = str(device)
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = text.partition(":")[0]
+        if kind in _DEVICES:
+            raise ValueError(f"device must be a name such as cpu or cuda:0, got {text!r}") from error
+        raise unknown_name("device", text, _DEVICES) from error
+    try:
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {text!r} cannot be used here ({_first_line(error)}); try cpu") from error
+    return found
+
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def check_fits(model: nn.Module, image: Tensor, name: str) -> nn.Module:
+    """Return ``model`` if it takes images like ``image`` (C, H, W); ``name`` names the data in the error.
+
+    Raises:
+        ValueError: It fails on them, or returns no logits.
+    """
+    from at_extensions.untouched import attacking
+
+    try:
+        with attacking(model), torch.no_grad():
+            check_logits(model(image[None].to(device_of(model))), 1)
+    except (RuntimeError, AssertionError) as error:
+        shape = " x ".join(str(side) for side in image.shape)
+        raise ValueError(f"the model does not take images of {shape} from {name}: {_first_line(error)}") from error
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_about_a_view(error: RuntimeError) -> bool:
     """Whether torch refuses to ``view`` a tensor in the layout that it has, such as a map in channels_last."""
     return "view size is not compatible" in str(error)
