@@ -22,7 +22,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
     return {
         "model": plain_state_dict(trainer.method.model),
         "method": trainer.method.memory(),
-        "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
+        "ema": None if trainer.ema is None else plain_state_dict(trainer.ema.module),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
         "streams": {name: stream.state_dict() for name, stream in trainer.method.streams().items()},
@@ -41,7 +41,7 @@ def restore(trainer: Trainer, state: dict[str, Any], *, but: Observer | None = N
     load_plain_state_dict(trainer.method.model, state["model"])
     trainer.method.load_memory(state["method"])
     if trainer.ema is not None:
-        trainer.ema.module.load_state_dict(state["ema"])
+        load_plain_state_dict(trainer.ema.module, state["ema"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.scheduler is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])

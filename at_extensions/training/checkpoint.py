@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from at_extensions import processes
-from at_extensions.runs import RunDirectory, atomic, save_state_dict, save_weights
+from at_extensions.runs import RunDirectory, atomic, load_tensors, save_state_dict, save_weights
 from at_extensions.training.metrics import numbers
 
 
@@ -120,10 +121,19 @@ class Checkpointer:
 
 
 def _digest(path: Path) -> str | None:
-    """Return the SHA-256 of a file; None where there is none."""
-    if not path.is_file():
+    """Return the SHA-256 of the tensors in a weights file; None for a missing or damaged file.
+
+    Of the tensors, since safetensors writes the entries of its header in any order.
+    """
+    try:
+        tensors, metadata = load_tensors(path)
+    except (FileNotFoundError, ValueError):
         return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(str(metadata.get("recipe")).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:
