@@ -29,6 +29,7 @@ _ROOMS = (
     "analysis",
     "attacks",
     "checks",
+    "commands",
     "data",
     "evaluation",
     "experiments",
@@ -36,10 +37,13 @@ _ROOMS = (
     "memory",
     "methods",
     "models",
+    "named_models",
     "optim",
+    "processes",
     "publishing",
     "runs",
     "training",
+    "untouched",
 )
 
 __all__ = ["__version__", "upstream", *_HOME, *_ROOMS]
