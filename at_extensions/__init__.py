@@ -31,6 +31,7 @@ _ROOMS = (
     "analysis",
     "attacks",
     "checks",
+    "commands",
     "data",
     "evaluation",
     "experiments",
@@ -38,12 +39,15 @@ _ROOMS = (
     "memory",
     "methods",
     "models",
+    "named_models",
     "optim",
     "presets",
+    "processes",
     "publishing",
     "runs",
     "settings",
     "training",
+    "untouched",
 )
 
 __all__ = ["__version__", "upstream", *_HOME, *_ROOMS]
