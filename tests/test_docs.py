@@ -28,5 +28,5 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path):
     assert done.returncode == 0, done.stderr
     if page.stem == "study":
         summary = json.loads((tmp_path / "studies" / "digits" / "summary.json").read_text())
-        assert len(summary["differences"]["pgd - standard"]["last/pgd20"]["seeds"]) == 3
+        assert len(summary["differences"]["pgd - standard"]["last/pgd10"]["seeds"]) == 3
         assert "6 finished, 0 failed" in done.stdout
