@@ -206,14 +206,13 @@ def _parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     if not words:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    switches = {s.flag(f.name) for c in COMMANDS.values() for f in fields(c.settings) if f.type == "bool"}
-    switches |= {f"--paper.{s.flag(f.name)[2:]}" for f in fields(s.Paper) if f.type == "bool"} | {"--print-config"}
-    found, unknown = parser.parse_known_args(_spelled(words, switches))
+    found, unknown = parser.parse_known_args(_spelled(words))
     options = vars(found)
     name = options.pop("command")
     if unknown:
         known = [flag for action in parsers[name]._actions for flag in action.option_strings]
-        parsers[name].error("; ".join(_unknown(word, known) for word in unknown))
+        options = [word for word in unknown if word.startswith("-")]
+        parsers[name].error("; ".join(_unknown(word, known) for word in options or unknown))
     return COMMANDS[name], options
 
 
@@ -229,6 +228,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             within[group] = outer.add_subparsers(metavar="COMMAND", required=True)
         help = (command.run.__doc__ or "").splitlines()[0]
         parsers[name] = within[group].add_parser(last, help=help, **_texts(command.run.__doc__, command.example))
+        parsers[name].usage = f"at-extensions {name} {(command.argument or '').upper()} [options]".replace("  ", " ")
         parsers[name].set_defaults(command=name)
         _add_options(parsers[name], command)
     return parser, parsers
@@ -281,8 +281,12 @@ def _metavar(kinds: tuple) -> str:
     return "|".join(names.get(kind, "A,B") for kind in kinds if kind is not type(None))
 
 
-def _spelled(words: Sequence[str], switches: set[str]) -> list[str]:
+def _spelled(words: Sequence[str]) -> list[str]:
     """Let ``--batch_size`` mean ``--batch-size``, and a switch without a value ``--switch=true``."""
+    switches = {"--print-config"}
+    for name, command in COMMANDS.items():
+        if list(words[: name.count(" ") + 1]) == name.split():
+            switches |= {s.flag(setting) for setting, kind in s.flat_kinds(command.settings).items() if kind is bool}
     spelled = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")

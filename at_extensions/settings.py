@@ -395,6 +395,16 @@ def kinds_of(settings: type[Settings]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(settings)}
 
 
+def flat_kinds(settings: type[Settings], prefix: str = "") -> dict[str, Any]:
+    """Return the type of each setting, those of nested settings by names such as ``paper.title``."""
+    found: dict[str, Any] = {}
+    for name, kind in kinds_of(settings).items():
+        found[prefix + name] = kind
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            found |= flat_kinds(kind, f"{prefix}{name}.")
+    return found
+
+
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """Return the members of a union type, or the type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from at_extensions.attacks import attacking
 from at_extensions.checks import (
@@ -40,6 +39,7 @@ from at_extensions.evaluation.suite import (
     settings,
 )
 from at_extensions.processes import Ranks, sharing
+from at_extensions.progress import bar
 from at_extensions.runs import versions
 from at_extensions.untouched import isolated
 from at_extensions.upstream import backend_version
@@ -95,7 +95,7 @@ def evaluate(
             not by as much as upstream's: it lets go of what is fooled beyond doubt.
         shard: Deal the batches over the processes where a torch.distributed job runs or ``torchrun`` started this one;
             every process then makes this call and gets the same report. False evaluates on this process alone.
-        progress: Show a bar for each attack where the output is a terminal.
+        progress: Show the progress of each attack: a bar on a terminal, else lines.
 
     Returns:
         Accuracies, verdicts by sample, and what a reader must know about them.
@@ -264,10 +264,10 @@ def _device_name(device: torch.device) -> str:
 
 
 class _Bars(Listener):
-    """One bar an attack, with the time left; silent where the output is no terminal."""
+    """One bar an attack, with the time left; lines in a log file."""
 
     def started(self, attack: str, share: int, done: int) -> None:
-        self.bar = tqdm(total=share + done, initial=done, desc=attack, unit="batch", disable=None)
+        self.bar = bar(text=attack, total=share + done, initial=done, unit="batches", every=60)
 
     def finished_batch(self, attack: str, batch: Batch) -> None:
         self.bar.update()
