@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from at_extensions import cli
+from at_extensions.configuration import Settings
 from at_extensions.presets import list_presets, preset
 from at_extensions.settings import (
     CriticalitySettings,
     EvaluateSettings,
     Paper,
     PublishSettings,
-    Settings,
     TrainSettings,
     differences,
     read_settings,
