@@ -327,11 +327,14 @@ def check_fits(model: nn.Module, image: Tensor, name: str) -> nn.Module:
     """
     from at_extensions.untouched import attacking
 
+    channels = (getattr(model, "recipe", None) or {}).get("in_chans", len(image))
+    shape = " x ".join(str(side) for side in image.shape)
+    if channels != len(image):  # normalisation would broadcast a single channel
+        raise ValueError(f"the model does not take images of {shape} from {name}: it is made for {channels} channels")
     try:
         with attacking(model), torch.no_grad():
             check_logits(model(image[None].to(device_of(model))), 1)
     except (RuntimeError, AssertionError) as error:
-        shape = " x ".join(str(side) for side in image.shape)
         raise ValueError(f"the model does not take images of {shape} from {name}: {_first_line(error)}") from error
     return model
 
