@@ -75,15 +75,15 @@ def _commands() -> dict[str, Callable | dict]:
             id: First author, year, first word of the title, variant, such as Wang2023Better_WRN-28-10.
             paper: What the result belongs to; a YAML file, or --paper.title, --paper.authors, --paper.link, ...
             out: The folder to write, new or empty; named after the id by default.
-            dataset: RobustBench's name of the data set; the run's own name for it by default.
-            architecture: Name of the network as people write it; made from the model's name by default.
+            dataset: RobustBench's name of the data set, or a free name of your own; the run's name for it by default.
+            architecture: Printed name of the network; made from its name and options by default.
             allow_partial: Write a result that RobustBench would not rank, marked as such.
             allow_other_eps: Publish an evaluation at another radius than the run trained for.
         """
         choices = {"dataset": dataset, "architecture": architecture}
         allowed = {"allow_partial": allow_partial, "allow_other_eps": allow_other_eps}
         folder = publishing.publish(run_dir, paper, id, out or id, **choices, **allowed)
-        print(f"submission: {folder}\nnext: at-extensions verify {folder}")
+        print(f"submission: {folder}\nnext: {publishing.verify_command(folder, RunDirectory(run_dir).config())}")
 
     publish.__annotations__["paper"] = publishing.Paper  # a name of this function, unknown where the parser looks
 

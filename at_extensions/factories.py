@@ -145,7 +145,7 @@ def rebuild(record: Mapping[str, Any], folder: str | Path, seed: int | None = No
     for name, expected in files.items():
         if not (source / name).is_file() or _sha256(source / name) != expected:
             raise ValueError(f"{source / name} is missing or was changed since the evaluation; evaluate anew elsewhere")
-    with _alone(source, {module_name.partition(".")[0]}) if files else _on_path(Path.cwd()):
+    with importing_from(source, {module_name.partition(".")[0]}) if files else _on_path(Path.cwd()):
         network = _call(_import(module_name, attribute), options, record["factory"], seed)
     return _normalized(network, record)
 
@@ -271,7 +271,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, tops: set[str]) -> Iterator[None]:
+def importing_from(folder: Path, tops: set[str]) -> Iterator[None]:
     """Import from a folder of copies: modules of the same top-level names are set aside, and are back afterwards."""
     tops = tops | {path.stem for path in folder.iterdir()}
 

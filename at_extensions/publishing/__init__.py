@@ -5,7 +5,7 @@ from at_extensions.publishing.leaderboard import leaderboard
 from at_extensions.publishing.model_info import Paper, check_model_info, eps_fraction, model_info, write_model_info
 from at_extensions.publishing.report import write_report
 from at_extensions.publishing.run_info import write_run_info
-from at_extensions.publishing.submission import publish
+from at_extensions.publishing.submission import publish, verify_command
 from at_extensions.publishing.verification import Check, Verification, verify
 from at_extensions.publishing.zoo import Published, register
 
@@ -23,6 +23,7 @@ __all__ = [
     "read_criticality",
     "register",
     "verify",
+    "verify_command",
     "write_criticality",
     "write_model_info",
     "write_report",

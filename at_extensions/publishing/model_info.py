@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from at_extensions.checks import check_eps, check_norm, parse_fraction
+from at_extensions.publishing.naming import check_license, venue
 
 _ACCURACY = re.compile(r"\d{1,3}\.\d{2}")
 _REQUIRED: dict[str, type] = {
@@ -31,7 +32,7 @@ _OPTIONAL: dict[str, type] = {"footnote": str, "unreliable": bool, "external": s
 
 @dataclass(frozen=True)
 class Paper:
-    """What a leaderboard says about a result beside its numbers.
+    """The bibliographic part of a leaderboard's entry.
 
     Args:
         title: Title of the paper.
@@ -43,6 +44,7 @@ class Paper:
             on the training set alone do not count; say so in ``footnote``.
         footnote: A remark shown under the table.
         code: Address of checkpoint and code; a submission asks for it.
+        license: Licence of the weights: an identifier such as ``"MIT"``, or the address of its text.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Paper:
     additional_data: bool = False
     footnote: str = ""
     code: str = ""
+    license: str = "MIT"
 
     def __post_init__(self) -> None:
         for name in ("title", "authors", "link"):
@@ -63,6 +66,7 @@ class Paper:
             raise TypeError(f"additional_data must be true or false, got {self.additional_data!r}")
         if self.reported is not None:
             percent(self.reported, "reported")
+        check_license(self.license)
 
 
 def percent(fraction: float, name: str = "accuracy") -> str:
@@ -118,7 +122,7 @@ def model_info(
         report: A ``RobustnessReport`` or its ``to_dict()``.
         paper: What the numbers belong to.
         dataset: Name of the data, such as ``"cifar10"``.
-        architecture: Name of the network as people write it, such as ``"PreActResNet-18"``.
+        architecture: Printed name of the network, such as ``"PreActResNet-18"``.
         number_forward_passes: Forward passes one prediction takes.
         footnote: Replaces the paper's footnote.
 
@@ -136,7 +140,7 @@ def model_info(
         "additional_data": paper.additional_data,
         "number_forward_passes": number_forward_passes,
         "dataset": dataset,
-        "venue": paper.venue,
+        "venue": venue(paper.venue, paper.link),
         "architecture": architecture,
         "eps": eps_fraction(values["eps"], values["norm"]),
         "clean_acc": percent(values["clean_accuracy"], "clean_accuracy"),
@@ -152,7 +156,7 @@ def check_model_info(info: Any) -> dict[str, Any]:
     """Return ``info`` if it is a result that RobustBench's leaderboard can hold.
 
     Args:
-        info: What a ``model_info`` JSON holds. ``corruptions_acc`` may stand in for ``autoattack_acc``, and eps is then
+        info: Contents of a ``model_info`` JSON. ``corruptions_acc`` may replace ``autoattack_acc``, and eps is then
             allowed to be null.
 
     Raises:
