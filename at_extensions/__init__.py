@@ -24,7 +24,9 @@ _HOME = {  # public name -> the module it lives in
     "list_methods": "methods",
     "Trainer": "training",
     "train": "commands.train",
+    "TrainSettings": "settings",
     "evaluate_run": "commands.evaluate",
+    "EvaluateSettings": "settings",
     "RunDirectory": "runs",
     "keep_freed_memory": "memory",
 }
@@ -32,6 +34,7 @@ _ROOMS = (
     "analysis",
     "attacks",
     "checks",
+    "commands",
     "data",
     "evaluation",
     "experiments",
@@ -39,10 +42,15 @@ _ROOMS = (
     "memory",
     "methods",
     "models",
+    "named_models",
     "optim",
+    "presets",
+    "processes",
     "publishing",
     "runs",
+    "settings",
     "training",
+    "untouched",
 )
 
 __all__ = ["__version__", "upstream", *_HOME, *_ROOMS]

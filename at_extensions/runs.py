@@ -43,6 +43,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+def check_writable(folder: str | Path) -> Path:
+    """Return ``folder``, made if it is missing, if files can be written into it.
+
+    Raises:
+        OSError: They cannot; the error names the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into {folder}: {error.strerror}") from error
+
+
 def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

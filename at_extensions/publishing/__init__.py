@@ -1,11 +1,11 @@
 """RobustBench-format results, reports, submissions that RobustBench can load, and a leaderboard."""
 
-from at_extensions.publishing.criticality import analyze_criticality, read_criticality, write_criticality
+from at_extensions.publishing.criticality import read_criticality, write_criticality
 from at_extensions.publishing.leaderboard import leaderboard
 from at_extensions.publishing.model_info import Paper, check_model_info, eps_fraction, model_info, write_model_info
 from at_extensions.publishing.report import write_report
 from at_extensions.publishing.run_info import write_run_info
-from at_extensions.publishing.submission import publish, verify_command
+from at_extensions.publishing.submission import publish
 from at_extensions.publishing.verification import Check, Verification, verify
 from at_extensions.publishing.zoo import Published, register
 
@@ -14,7 +14,6 @@ __all__ = [
     "Paper",
     "Published",
     "Verification",
-    "analyze_criticality",
     "check_model_info",
     "eps_fraction",
     "leaderboard",
@@ -23,7 +22,6 @@ __all__ = [
     "read_criticality",
     "register",
     "verify",
-    "verify_command",
     "write_criticality",
     "write_model_info",
     "write_report",

@@ -52,19 +52,33 @@ def dataset_name(data: str) -> str:
     Raises:
         ValueError: A file is called like a data set of RobustBench, which does not make it that data set.
     """
+    name = dataset_or_robustbenchs(data)
+    if name in TEST_IMAGES and name != data:
+        raise ValueError(
+            f"the run's data are a file called {name}; if these are the test images of {name.upper()}, say so: "
+            f"dataset={name!r} (--dataset {name}). The name of a data set of your own is free"
+        )
+    return name
+
+
+def dataset_or_robustbenchs(data: str) -> str:
+    """Return the name that a data set has by its own name or its file's, be it that of a data set of RobustBench."""
     kind, colon, path = data.partition(":")
     if not colon and not data.endswith(".npz"):
         return data
     path = (path or kind).replace("\\", "/")
     name = re.sub(r"\W+", "_", PurePath(path).stem, flags=re.ASCII).strip("_") or "own"
-    if kind.endswith("c") and kind.startswith("cifar"):
+    if kind in ("cifar10c", "cifar100c"):
         name = f"{kind}_{name}"
-    if name.lower() in TEST_IMAGES:
-        raise ValueError(
-            f"the run's data are a file called {name}; if these are the test images of {name.upper()}, say so: "
-            f"dataset={name.lower()!r} (--dataset {name.lower()}). The name of a data set of your own is free"
-        )
-    return name
+    return name.lower() if name.lower() in TEST_IMAGES else name
+
+
+def without_folder(data: str) -> str:
+    """Return the name of data without the folder of a file: ``npz:/home/me/scans.npz`` -> ``npz:scans.npz``."""
+    kind, colon, path = data.partition(":")
+    if not colon:
+        kind, path = "", data
+    return kind + colon + path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def data_name(data: Mapping[str, Any]) -> str:
@@ -86,17 +100,6 @@ def venue(given: str, link: str) -> str:
     if found is None or not 1 <= int(found[2]) <= 12:
         return UNPUBLISHED
     return f"arXiv, {_MONTHS[int(found[2]) - 1]} 20{found[1]}"
-
-
-def check_license(license: str) -> str:
-    """Return a licence if it is an identifier, such as ``"MIT"``, or an address.
-
-    Raises:
-        ValueError: Anything else.
-    """
-    if not isinstance(license, str) or not re.fullmatch(r"[A-Za-z0-9.+-]+|https?://[^\s\"'<>]+", license):
-        raise ValueError(f"license must be an identifier such as MIT or the address of its text, got {license!r}")
-    return license
 
 
 def images_in_words(channels: int) -> str:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from at_extensions.publishing.model_info import Paper, model_info, write_model_info
-from at_extensions.publishing.naming import architecture_name, dataset_name
+from at_extensions.publishing.naming import architecture_name, dataset_or_robustbenchs
 from at_extensions.runs import RunDirectory
 
 
@@ -29,10 +29,7 @@ def write_run_info(run: str | Path | RunDirectory) -> Path:
     if evaluation is None:
         raise FileNotFoundError(f"{run.path} has no evaluation.json; run: at-extensions evaluate {run.path}")
     method = config["method"]["name"]
-    try:
-        dataset = dataset_name(config["data"]["name"])
-    except ValueError:  # a file called like a data set of RobustBench
-        dataset = f"own_{Path(config['data']['name'].partition(':')[2]).stem}"
+    dataset = dataset_or_robustbenchs(config["data"]["name"])
     info = model_info(
         evaluation,
         Paper(title=f"{method} run {run.path.resolve().name}", authors="unpublished", link="unpublished"),

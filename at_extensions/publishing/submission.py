@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import html
 import math
-import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -285,9 +284,7 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     data = public.get("data")
     if isinstance(data, dict):
         data.pop("root", None)
-        kind, colon, path = str(data.get("name")).partition(":")
-        if colon:
-            data["name"] = f"{kind}:{path.replace(chr(92), '/').rsplit('/', 1)[-1]}"
+        data["name"] = naming.without_folder(str(data.get("name")))
     return public
 
 
@@ -345,7 +342,9 @@ def _write_result(submission: _Submission, folder: Path) -> None:
         footnote=" ".join(marks),
     )
     write_model_info(info, folder / "model_info", submission.model_id, submission.threat_model)
-    submission.report.save(folder / "evaluation.json")
+    name = submission.report.data_name
+    report = replace(submission.report, data_name=None if name is None else naming.without_folder(name))
+    report.save(folder / "evaluation.json")
 
 
 def _page(template: str, submission: _Submission, code: Sources) -> str:
@@ -355,24 +354,6 @@ def _page(template: str, submission: _Submission, code: Sources) -> str:
     paper = {name: html.escape(" ".join(str(text).split()), quote=False) for name, text in fields.items()}
     best = max(submission.history, key=lambda row: row.get("val_robust_accuracy") or 0.0, default=None)
     return render(template, it=submission, paper=paper, report=submission.report, best=best, code=code)
-
-
-def verify_command(folder: str | Path, config: Mapping[str, Any]) -> str:
-    """Return the command that verifies a published folder on this machine, with the data of the run.
-
-    Args:
-        folder: The folder.
-        config: Of the run.
-    """
-    data = config.get("data") or {}
-    words = ["at-extensions", "verify", str(folder)]
-    if ":" in str(data.get("name")) or str(data.get("name")).endswith(".npz"):
-        words += ["--data", data["name"]]
-    if data.get("root"):
-        words += ["--root", str(data["root"])]
-    if "files" in (config.get("model") or {}) or "package" in (config.get("model") or {}):
-        words.append("--trust-code")
-    return shlex.join(words)
 
 
 def checksums(folder: Path) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from at_extensions.evaluation import state_digest
 from at_extensions.models import load_model
-from at_extensions.publishing import Paper, check_model_info, publish, verify_command
+from at_extensions.publishing import Paper, check_model_info, publish
 from at_extensions.publishing.naming import architecture_name
 from at_extensions.publishing.submission import public_config
 
@@ -171,6 +171,8 @@ def test_paths_are_cut_from_the_configuration():
     assert public_config(config) == {"data": {"name": "npz:digits.npz"}, "seed": 1}
     assert config["data"]["root"] == "/home/me"
     assert public_config({"data": {"name": r"npz:C:\me\digits.npz"}})["data"]["name"] == "npz:digits.npz"
+    assert public_config({"data": {"name": "/home/me/digits.npz"}})["data"]["name"] == "digits.npz"
+    assert public_config({"data": {"name": "cifar10"}})["data"]["name"] == "cifar10"
 
 
 def test_what_the_paper_says_cannot_change_the_page(make_trained, tmp_path):
@@ -222,16 +224,6 @@ def test_an_own_data_set_is_called_after_its_file_and_may_have_any_name(make_tra
     for dataset, name in ((None, "my_scans_v2"), ("scans", "scans")):
         folder = publish(run, paper, ID, tmp_path / name, dataset=dataset, allow_partial=True)
         assert (folder / "model_info" / name / "Linf" / f"{ID}.json").is_file()
-
-
-def test_the_command_that_verifies_knows_the_data(make_trained):
-    run = make_trained(data="npz:/home/me/scans.npz")
-    config = run.config()
-    assert (
-        verify_command("out", config) == "at-extensions verify out --data npz:/home/me/scans.npz --root /somebody/home"
-    )
-    config["data"] = {"name": "digits", "root": None}
-    assert verify_command("a b", config | {"model": {"files": {}}}) == "at-extensions verify 'a b' --trust-code"
 
 
 def test_an_unreliable_result_says_so(make_trained, paper, tmp_path):
