@@ -96,7 +96,7 @@ def copy_sources(record: Mapping[str, Any], folder: Path, network: nn.Module) ->
     Args:
         record: Of ``build``.
         folder: The run directory.
-        network: What ``build`` made.
+        network: Of ``build`` too.
     """
     if "root" not in record:
         return dict(record)
@@ -293,11 +293,11 @@ def _layout(network: nn.Module) -> dict[str, tuple]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in network.state_dict().items()}
 
 
-def _per_channel(what: str, given: list[float] | None, default: float, in_chans: int) -> list[float]:
+def _per_channel(name: str, given: list[float] | None, default: float, in_chans: int) -> list[float]:
     values = [float(v) for v in (given if given is not None else [default] * in_chans)]
     if len(values) != in_chans:
-        raise ValueError(f"{what} needs one number a channel ({in_chans}), got {len(values)}")
-    if what == "std" and not all(v > 0 for v in values):
+        raise ValueError(f"{name} needs one number a channel ({in_chans}), got {len(values)}")
+    if name == "std" and not all(v > 0 for v in values):
         raise ValueError(f"std must be positive, got {values}")
     return values
 

@@ -81,7 +81,7 @@ def model_info(
 
     Args:
         report: A ``RobustnessReport`` or its ``to_dict()``.
-        paper: What the numbers belong to.
+        paper: The paper of the result.
         dataset: Name of the data, such as ``"cifar10"``.
         architecture: Printed name of the network, such as ``"PreActResNet-18"``.
         number_forward_passes: Forward passes one prediction takes.
@@ -140,7 +140,7 @@ def check_model_info(info: Any) -> dict[str, Any]:
 
 
 def _problems(key: str, value: Any, kind: type) -> list[str]:
-    """What is wrong with one value."""
+    """Return the faults of one value."""
     if type(value) is not kind:  # bool is an int to isinstance
         return [f"{key} must be {kind.__name__}, got {type(value).__name__} {value!r}"]
     if key == "eps":

@@ -134,7 +134,7 @@ def publish(
 
     Args:
         run_dir: A run with weights and an ``evaluation.json``.
-        paper: What the result belongs to.
+        paper: The paper of the result.
         model_id: First author, year, first word of the title and an optional variant, such as
             ``"Wang2023Better_WRN-28-10"``.
         out: The folder to write; must not exist or be empty.
@@ -267,7 +267,7 @@ def _check_eps(submission: _Submission, allow_other: bool) -> None:
 
 
 def _check_new(submission: _Submission) -> None:
-    """Refuse an id that RobustBench's zoo has, or that the name in timm cannot tell from one."""
+    """Refuse an id that RobustBench's zoo has, or whose name in timm is the same."""
     from robustbench.model_zoo import model_dicts
 
     for dataset, boards in model_dicts.items():

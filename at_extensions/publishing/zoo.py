@@ -182,7 +182,7 @@ def _entry_point(name: str):
         weights = published.weights
         recipe = dict(read_recipe(weights) or {})
         if num_classes not in (None, recipe.get("num_classes")):
-            raise ValueError(f"{name} tells {recipe.get('num_classes')} classes apart, not {num_classes}")
+            raise ValueError(f"{name} has {recipe.get('num_classes')} classes, not {num_classes}")
         model = load_model(weights) if pretrained else from_recipe(recipe | kwargs)
         if published.dataset == "imagenet":
             model.default_cfg = image_config(_image_size(published.folder))  # RobustBench reads images by it
