@@ -186,8 +186,8 @@ def create_model(
             (``preact_resnet18`` with its BatchNorm before the classifier, ``cifar_resnet18`` post-activation,
             ``wide_resnet_<depth>_<widen>``, ``dm_wide_resnet_<depth>_<widen>`` with Swish); or ``small_cnn``.
         num_classes: Outputs K, at least 2.
-        mean: Subtracted, one number a channel. None: what timm says for its own architecture, else 0.
-        std: Divided by. None: what timm says for its own architecture, else 1.
+        mean: Subtracted, one number a channel. None: timm's for its own architectures, else 0.
+        std: Divided by. None: timm's for its own architectures, else 1.
         in_chans: Channels of the images.
         **kwargs: Passed to the architecture: ``pretrained=True`` for timm, ``width=16`` for a narrow ResNet.
 
@@ -326,7 +326,7 @@ def classifier_of(model: nn.Module) -> nn.Module:
 def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run one forward pass and return logits (B, K) with the penultimate features (B, D), both with graph.
 
-    The features are what enters the last linear classifier, caught by a pre-hook that is gone afterwards.
+    The features are the input of the last linear classifier, caught by a hook that is removed afterwards.
 
     Raises:
         ValueError: The classifier cannot be found, or did not make the logits.

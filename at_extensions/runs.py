@@ -18,6 +18,9 @@ from at_extensions.checks import check_name
 KINDS = ("last", "best")
 """The checkpoints of a run: the newest, and the best by validation robust accuracy."""
 
+OWN_CHECKPOINT = "own checkpoint"
+"""The method in ``config.yaml`` of a run that was made of a user's checkpoint: its training is not on record."""
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
