@@ -40,6 +40,30 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+@contextlib.contextmanager
+def _naming(path: str | Path, failure: type[Exception]) -> Iterator[None]:
+    """Raise the writer's own kind of error as an OSError that names the file."""
+    try:
+        yield
+    except (failure, OSError) as error:
+        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from error
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Return ``folder``, made if it is missing, if files can be written into it.
+
+    Raises:
+        OSError: They cannot; the error names the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into {folder}: {error.strerror}") from error
+
+
 def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -63,11 +87,12 @@ def write_json(path: str | Path, data: dict | list) -> Path:
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write tensors as safetensors, atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # safetensors refuses views that share memory and strided layouts such as channels_last
     owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, _naming(path, SafetensorError):
         save_file(owned, temporary, metadata=metadata)
     return Path(path)
 
@@ -102,24 +127,6 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     recipe = getattr(model, "recipe", None)
     metadata = {"format": "pt"} | ({} if recipe is None else {"recipe": json.dumps(recipe)})
     return save_tensors(path, model.state_dict(), metadata)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load weights that ``save_weights`` wrote into a model of the same architecture, in place.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Truncated, foreign, or of another architecture; the model is then unchanged.
-    """
-    tensors, _ = load_tensors(path)
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or foreign or other:
-        what = [f"{len(names)} {label} ({names[0]}, ...)" for label, names in
-                (("missing", missing), ("unknown", foreign), ("of another shape", other)) if names]  # fmt: skip
-        raise ValueError(f"{path} is a checkpoint of another architecture: tensors " + ", ".join(what))
-    model.load_state_dict(tensors)
 
 
 def read_recipe(path: str | Path) -> dict | None:
@@ -225,7 +232,7 @@ class RunDirectory:
 
     def save_state(self, state: dict) -> None:
         """Write the whole training state (tensors, numbers, strings and their containers), atomically."""
-        with atomic(self.state_path()) as temporary:
+        with atomic(self.state_path()) as temporary, _naming(self.state_path(), RuntimeError):
             torch.save(state, temporary)
 
     def load_state(self) -> dict | None:
