@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from at_extensions.evaluation.flags import Flag, Predict, Warnings
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.state import Batch, Store
 from at_extensions.evaluation.suite import GRADIENT_FREE, aimed
-from at_extensions.evaluation.verification import fooled
+from at_extensions.evaluation.verification import fooled, margin
 from at_extensions.processes import Ranks
 
 
@@ -122,7 +123,7 @@ class BatchedAttacks:
     seed alone, so that finished batches can be stored, and the others dealt to any number of processes.
 
     Attributes:
-        model: The model as given; it alone decides what counts.
+        model: The model as given, which verifies every adversarial example.
         search: The model that attacks search on; may be ``model`` itself.
         samples: The attacked samples.
         suite: Attack objects by name, in the order they run.
@@ -227,16 +228,18 @@ class BatchedAttacks:
     def _incomplete(self, attack: str, x: Tensor, y: Tensor, x_adv: Tensor, broken: Tensor) -> Tensor:
         """Which images have to be attacked on the model itself (B,), because the search model decided about them.
 
-        These are the images that the search model alone misclassifies, perturbed or not, and those whose gradient
-        vanishes in low precision but not in float32.
+        These are the images that the search model alone misclassifies, perturbed or not. In low precision they are also
+        those whose gradient vanishes and, for cross-entropy, those whose logits are off by more than 1.
         """
         if self.search is self.model:
             return torch.zeros_like(broken)
-        again = (x_adv != x).flatten(1).any(1) | (self.search(x).argmax(1) != y)
+        logits = self.search(x)
+        again = (x_adv != x).flatten(1).any(1) | (logits.argmax(1) != y)
         if self.low_precision and attack not in GRADIENT_FREE:
-            vanishes = _vanishing_gradients(self.search, x, y)
-            if vanishes.any():
-                again |= vanishes & ~_vanishing_gradients(self.model, x, y)
+            loss = margin if attack != "apgd-ce" else partial(cross_entropy, reduction="none")
+            again |= _vanishing_gradients(self.search, x, y, loss)
+            if attack == "apgd-ce":
+                again |= (logits - self.model(x)).abs().amax(1) > 1
         return again & ~broken
 
     def _perturb(self, attack: str, predict: Predict, number: int, x: Tensor, y: Tensor, warnings: Warnings) -> Tensor:
@@ -245,11 +248,11 @@ class BatchedAttacks:
         return attacker.perturb(x.clone(), y.clone()).detach()
 
 
-def _vanishing_gradients(model: Predict, x: Tensor, y: Tensor) -> Tensor:
-    """Whether the input gradient of cross-entropy is zero at each image (B,)."""
+def _vanishing_gradients(model: Predict, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Whether the input gradient of a loss of logits (B, K) and classes (B,) is zero at each image (B,)."""
     with torch.enable_grad():
         x = x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(cross_entropy(model(x), y, reduction="sum"), x)
+        (gradient,) = torch.autograd.grad(loss(model(x), y).sum(), x)
     return (gradient == 0).flatten(1).all(1)
 
 
