@@ -22,7 +22,8 @@ def training_step(results: Path) -> str:
     return (
         "Seconds of one PGD-10 step relative to the floor (ten input-gradient passes, one training pass, the "
         "optimiser's step, all in channels_last), and as multiples of ours. The twin is the model with BatchNorm "
-        "folded, on which the attack searches. torchattacks and ART run as their documentation shows them, in fp32.\n\n" + text
+        "folded, on which the attack searches. torchattacks and ART run as their documentation shows them, in fp32.\n\n"
+        + text
     )
 
 
