@@ -1,7 +1,7 @@
 """Running a study: train and measure each cell once, in one process or in several that share the work.
 
-A study grows over days and machines: each finished cell is one JSON file and is skipped, an interrupted one resumes, and
-a crash leaves the others.
+A study grows over days and machines: each finished cell is one JSON file and is skipped, an interrupted one resumes,
+and a crash leaves the others.
 """
 
 from __future__ import annotations
