@@ -38,6 +38,7 @@ _ROOMS = (
     "data",
     "evaluation",
     "experiments",
+    "factories",
     "folding",
     "memory",
     "methods",
@@ -46,11 +47,13 @@ _ROOMS = (
     "optim",
     "presets",
     "processes",
+    "progress",
     "publishing",
     "runs",
     "settings",
     "training",
     "untouched",
+    "weights",
 )
 
 __all__ = ["__version__", "upstream", *_HOME, *_ROOMS]
