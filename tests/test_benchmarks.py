@@ -94,7 +94,7 @@ def test_a_figure_of_the_results_page_follows_its_file(tmp_path):
 
 def test_the_results_page_names_a_file_that_lacks_its_figures(tmp_path):
     results = importlib.import_module("results")
-    (tmp_path / "criticality.json").write_text('{"cases": {}}')
+    (tmp_path / "criticality.json").write_text('{"machine": {}}')
     with pytest.raises(ValueError, match=r"criticality.json lacks .*'Speed of layer criticality'"):
         results.page(tmp_path)
     (tmp_path / "criticality.json").write_text('{"cas')
