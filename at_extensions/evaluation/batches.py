@@ -210,9 +210,7 @@ class BatchedAttacks:
     def _run_attack(self, attack: str, rows: Tensor, keep: int | None) -> list[Batch]:
         chunks = [] if len(rows) == 0 else list(rows.split(self.plan.batch_size))
         batches: dict[int, Batch] = {}
-        for theirs in self.plan.ranks.together(
-            lambda: self._stored(attack, chunks, keep)
-        ):  # a folder a node
+        for theirs in self.plan.ranks.together(lambda: self._stored(attack, chunks, keep)):  # a folder a node
             batches.update(theirs)
         pending = [number for number in range(len(chunks)) if number not in batches]
         share = pending[self.plan.ranks.rank :: self.plan.ranks.world]
@@ -248,7 +246,7 @@ class BatchedAttacks:
         if again.any():
             x_adv[again] = self._perturb(attack, self.plan.predict, number, x[again], y[again], warnings)
             broken[again], predictions[again] = fooled(
-                self.plan.predict, x[again], y[again], x_adv[again], self.plan.norm, self.eps
+                self.plan.predict, x[again], y[again], x_adv[again], self.plan.norm, self.plan.eps
             )
         return Batch(
             number=number,
