@@ -18,6 +18,9 @@ from at_extensions.checks import check_name
 KINDS = ("last", "best")
 """The checkpoints of a run: the newest, and the best by validation robust accuracy."""
 
+OWN_CHECKPOINT = "own checkpoint"
+"""The method in ``config.yaml`` of a run that was made of a user's checkpoint: its training is not on record."""
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -127,24 +130,6 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     recipe = getattr(model, "recipe", None)
     metadata = {"format": "pt"} | ({} if recipe is None else {"recipe": json.dumps(recipe)})
     return save_tensors(path, model.state_dict(), metadata)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load weights that ``save_weights`` wrote into a model of the same architecture, in place.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Truncated, foreign, or of another architecture; the model is then unchanged.
-    """
-    tensors, _ = load_tensors(path)
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or foreign or other:
-        what = [f"{len(names)} {label} ({names[0]}, ...)" for label, names in
-                (("missing", missing), ("unknown", foreign), ("of another shape", other)) if names]  # fmt: skip
-        raise ValueError(f"{path} is a checkpoint of another architecture: tensors " + ", ".join(what))
-    model.load_state_dict(tensors)
 
 
 def read_recipe(path: str | Path) -> dict | None:

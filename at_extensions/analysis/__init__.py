@@ -1,4 +1,4 @@
-"""Measurements of a given model, and of an optimiser's diffusion."""
+"""Measurements of a given model (layer criticality, gradient noise) and of an optimiser's diffusion."""
 
 from at_extensions.analysis import diffusion
 from at_extensions.analysis.criticality import LayerCriticality, layer_criticality

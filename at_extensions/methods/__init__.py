@@ -2,10 +2,12 @@
 
 from at_extensions.methods.balanced_softmax import BalancedSoftmaxAT
 from at_extensions.methods.fgsm import FGSMAT
-from at_extensions.methods.method import Method, Step, create_method, list_methods
+from at_extensions.methods.method import Method, Step, check_takes_loss
 from at_extensions.methods.pgd import PGDAT
 from at_extensions.methods.reat import REAT
+from at_extensions.methods.registry import create_method, list_methods
 from at_extensions.methods.standard import Standard
+from at_extensions.methods.wrapping import Wrapping
 
 __all__ = [
     "FGSMAT",
@@ -15,6 +17,8 @@ __all__ = [
     "Method",
     "Standard",
     "Step",
+    "Wrapping",
+    "check_takes_loss",
     "create_method",
     "list_methods",
 ]
