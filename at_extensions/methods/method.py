@@ -148,6 +148,10 @@ class Method(nn.Module):
         """
         self._guard.check()
 
+    def faults(self) -> list[str]:
+        """Return the faults of batches since the last call, and forget them; this reads the device."""
+        return self._guard.faults()
+
     def flag(self, fault: str, condition: Tensor) -> None:
         """Note on the device a fault of a batch, which ``check()`` reports: a bool that is true where it happened."""
         self._guard.flag(fault, condition)
