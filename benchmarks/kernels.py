@@ -3,16 +3,18 @@
 python benchmarks/kernels.py steps --threads 1 --networks small_cnn:128
 python benchmarks/kernels.py autoattack --data npz:cifar10.npz --threads 1
 
-``steps`` times whole training steps (attack, training pass, SGD) of every way in turn, in one process; ratios are
-medians over the rounds of the ratio within a round, of a way to the folded twin without kernels, and of the twins to
-``torchattacks``, a plain loop. ``autoattack`` trains each network for a moment by N-FGSM on a part of the data, then runs
-AutoAttack's standard version on a few test images: stock pyautoattack, and ``evaluate`` on every way's search model.
+``steps`` times whole training steps (attack, training pass, SGD) of every way in turn, a few rounds in each of several
+processes; ratios are medians over the rounds of the ratio within a round: to the folded twin without kernels, to the
+model itself (no twin), and to ``torchattacks``, a plain loop. ``folding_again`` shows the noise. ``autoattack`` trains
+each network for a moment by N-FGSM on a part of the data, then runs AutoAttack's standard version on a few test images:
+stock pyautoattack, and ``evaluate`` on every way's search model, with and without Square's windows.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import statistics
 import types
@@ -27,72 +29,40 @@ from at_extensions import create_model
 from at_extensions.checks import parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.evaluation import evaluate, searching
-from at_extensions.folding import FoldedTwin, fold_batchnorm, onednn
-from at_extensions.folding.convolution import FastConv2d
-from at_extensions.folding.layers import EvalNorm, FoldedNorm
+from at_extensions.evaluation.attacks import square
+from at_extensions.folding import FoldedTwin, fold_batchnorm
+from at_extensions.folding.backends import VARIABLE
 from at_extensions.memory import keep_freed_memory
 from at_extensions.methods import FGSMAT, PGDAT
 from at_extensions.runs import write_json
 from measuring import load, machine, seconds
 
 RESULTS = Path(__file__).parent / "results" / "kernels"
-NETWORKS = ("cifar_resnet18:64:16", "cifar_resnet18:16:64", "preact_resnet18::16", "wide_resnet_16_2::32", "small_cnn::64")
+NETWORKS = (
+    "cifar_resnet18:64:16",
+    "cifar_resnet18:16:64",
+    "preact_resnet18::16",
+    "wide_resnet_16_2::32",
+    "small_cnn::64",
+)
 KERNELS = {  # way -> the kernels that are on
     "folding": (),
-    "folding_again": (),
-    "packed": ("packed",),
-    "packed+gradients": ("packed", "gradients"),
+    "folding_again": (),  # the difference is noise
     "winograd": ("winograd",),
-    "eval_norm": ("eval_norm",),
-    "identity": ("identity",),
-    "all": ("packed", "gradients", "winograd", "eval_norm", "identity"),
 }
 EPS, ALPHA = 8 / 255, 2 / 255
 
 
-class ForwardOnly(FastConv2d):
-    """Packed weights in the forward pass; torch's own input gradient."""
-
-    def _packed(self, x: Tensor) -> Tensor:
-        return self._derived(_ForwardPacked)(x)
-
-
-class _ForwardPacked(onednn.Packed):
-    def kernel_for(self, shape: torch.Size) -> None:
-        return None
-
-
-class PlainNorm(EvalNorm):
-    """A BatchNorm that torch computes in both passes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return self.act(self.drop(x)) if "act" in self._modules else x
-
-
 def twin_with(kernels: tuple[str, ...], model: nn.Module, **options) -> FoldedTwin | None:
     """Return the model's twin with these kernels alone."""
-    twin = fold_batchnorm(model, **options)
-    if twin is None:
-        return None
-    for conv in twin._fast:
-        conv.may_transform &= "winograd" in kernels
-        conv.may_pack &= "packed" in kernels
-        conv.ends_with_relu = None
-        if not (conv.may_transform or conv.may_pack):
-            conv.__class__ = nn.Conv2d
-        elif "gradients" not in kernels and conv.may_pack:
-            conv.__class__ = ForwardOnly
-    twin._fast = [conv for conv in twin._fast if isinstance(conv, FastConv2d)]
-    if "eval_norm" not in kernels:
-        for norm in twin.network.modules():
-            if type(norm) is EvalNorm:
-                norm.__class__ = PlainNorm
-    if "identity" not in kernels:
-        for module in twin._to_settle:
-            module._changes_nothing = False
-        twin._to_settle = []
-    return twin
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(int("winograd" in kernels))
+    try:
+        return fold_batchnorm(model, **options)
+    finally:
+        del os.environ[VARIABLE]
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -121,7 +91,7 @@ def step_of(way: str, network: str, x: Tensor, y: Tensor, precision: str, seed: 
         method._twin.append(twin_with(KERNELS[way], model))
     elif way == "compiled":
         method._twin.append(twin_with((), model))
-    if way in ("compiled", "compiled_all"):
+    if way == "compiled":
         method.compile()
 
     def step() -> None:
@@ -245,19 +215,19 @@ def run_autoattack(way: str, model: nn.Module, x: Tensor, y: Tensor, args: argpa
         outcome: dict = {}
         spent = seconds(lambda: outcome.update(autoattack_speed.stock(model, x, y, settings)))
         return {"seconds": round(spent, 2), "attack_seconds": outcome["attack_seconds"], "robust": outcome["robust"]}
-    name, _, windows = way.partition("-")
-    fold, no_windows = searching.fold_batchnorm, FoldedTwin.windows
+    name, _, without_windows = way.partition("-")
+    fold = searching.fold_batchnorm
     if name == "model":
         searching.fold_batchnorm = lambda *_, **__: None
     else:
         searching.fold_batchnorm = lambda m, **options: twin_with(KERNELS[name], m, **options)
-    if windows:
-        FoldedTwin.windows = lambda twin: None
+    if without_windows:
+        square.windows_of = lambda search: None
     try:
         report: list = []
         spent = seconds(lambda: report.append(evaluate(model, x, y, eps=args.eps, seed=args.seed, batch_size=len(x))))
     finally:
-        searching.fold_batchnorm, FoldedTwin.windows = fold, no_windows
+        searching.fold_batchnorm, square.windows_of = fold, searching.windows_of
     return {
         "seconds": round(spent, 2),
         "attack_seconds": {k: round(v, 2) for k, v in report[0].attack_seconds.items()},
@@ -280,7 +250,9 @@ def main_autoattack(args: argparse.Namespace) -> None:
         found: dict = {}
         for way in args.ways:
             found[way] = run_autoattack(way, model, x, y, args)
-            print(network, way, found[way]["seconds"], sum(found[way]["robust"]), found[way]["attack_seconds"], flush=True)
+            print(
+                network, way, found[way]["seconds"], sum(found[way]["robust"]), found[way]["attack_seconds"], flush=True
+            )
             spent = {w: [f["seconds"]] for w, f in found.items()}
             stock = {f"stock / {w}": round(spent["stock"][0] / s[0], 3) for w, s in spent.items() if "stock" in spent}
             result["networks"][network] = {"ways": found, "ratios": ratios(spent), "speedups": stock}
@@ -298,7 +270,7 @@ def main() -> None:
     steps.add_argument("--processes", type=int, default=3)
     attack = commands.add_parser("autoattack", help="AutoAttack's standard version")
     attack.add_argument("--networks", nargs="+", default=("cifar_resnet18:16", "wide_resnet_10_2"))
-    attack.add_argument("--ways", nargs="+", default=("stock", "model", *KERNELS, "folding-nowindows"))
+    attack.add_argument("--ways", nargs="+", default=("stock", "model", "folding", "folding-nowindows"))
     attack.add_argument("--data", default="cifar10", help="name of a dataset, or npz:PATH")
     attack.add_argument("--train-images", type=int, default=10_000)
     attack.add_argument("--epochs", type=int, default=3)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import unknown_name
-from at_extensions.evaluation import apgd, fab, square
+from at_extensions.evaluation import apgd, fab
+from at_extensions.evaluation.attacks import square
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module
 

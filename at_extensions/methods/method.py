@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torchattacks.attack import Attack
 from at_extensions.attacks import Loss, RandomStream, check_attack, perturb
 from at_extensions.attacks.context import BATCHNORM
 from at_extensions.checks import check_model, check_name, unknown_name
-from at_extensions.folding import FoldedTwin, fold_batchnorm, training_pass
+from at_extensions.folding import FoldedTwin, TwinChoice, count_steps, fold_batchnorm, refreshed
 
 
 class Step(NamedTuple):
@@ -45,9 +44,10 @@ class Method(nn.Module):
             batch's own; running statistics are not updated either way).
         twin: Let the attack search on a folded twin of the model (``folding.fold_batchnorm``), refreshed once a step:
             the same logits and input gradients up to rounding, in less time (on a CPU where convolutions have many
-            channels, five digits of them in float32, and in bfloat16 up to twice the rounding errors). Where nothing
-            folds, where BatchNorm normalises by the batch, or where attacks are nested, the model itself is searched
-            on. False also leaves the training pass's convolutions of few pixels to torch (``folding.training_pass``).
+            channels, five digits of them in float32). ``"auto"``: for attacks of three gradient steps or more; True:
+            always; ``"measure"``: where the first steps show that it is faster (``folding.TwinChoice``); False: never.
+            Where nothing folds, where BatchNorm normalises by the batch, or where attacks are nested, the model itself
+            is searched on.
         seed: Where the stream of random starts begins.
 
     Raises:
@@ -61,7 +61,7 @@ class Method(nn.Module):
         attack: Attack | None = None,
         *,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         super().__init__()
@@ -69,9 +69,10 @@ class Method(nn.Module):
         self.attack = None if attack is None else check_attack(attack, model)
         self.batchnorm = check_name("batchnorm", batchnorm, BATCHNORM)
         self.stream = RandomStream(seed)
-        folds = twin and batchnorm == "eval" and attack is not None and not attack._attacks
+        self._choice = TwinChoice(twin)
+        folds = batchnorm == "eval" and attack is not None and not attack._attacks
+        folds = folds and self._choice.may_use(count_steps(attack))
         self._twin: list[FoldedTwin | None] | None = [] if folds else None  # a list: the twin is no submodule
-        self._faster = twin
         self._compiled: dict | None = None
         self._local_buffers: list[str] = []
 
@@ -84,8 +85,7 @@ class Method(nn.Module):
             index: Which training samples these are (B,), for methods that remember something of each.
         """
         x_adv = self.perturb(x, y, index)
-        with training_pass(self.model) if self._faster and self._compiled is None else contextlib.nullcontext():
-            return self.loss(x, x_adv, y, index)
+        return self.loss(x, x_adv, y, index)
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the adversarial examples (B, C, H, W) to train on, detached."""
@@ -101,9 +101,8 @@ class Method(nn.Module):
             y: Class numbers (B,).
             loss: What to maximise instead of cross-entropy, for attacks that take it: logits to a scalar or (B,).
         """
-        return perturb(
-            self.attack, x, y, loss=loss, stream=self.stream, batchnorm=self.batchnorm, twin=self._fresh_twin()
-        )
+        with self._choice.turn(x, count_steps(self.attack), self._fresh_twin) as twin:
+            return perturb(self.attack, x, y, loss=loss, stream=self.stream, batchnorm=self.batchnorm, twin=twin)
 
     def _fresh_twin(self) -> FoldedTwin | None:
         """Return the twin with the model's present weights; it is built when it is first needed."""
@@ -113,7 +112,9 @@ class Method(nn.Module):
             self._twin.append(fold_batchnorm(self.model))
             if self._twin[0] is not None and self._compiled is not None:
                 self._twin[0].compile(**self._compiled)
-        return None if self._twin[0] is None else self._twin[0].refresh()
+        if self._twin[0] is not None:
+            self._twin[0] = refreshed(self._twin[0])
+        return self._twin[0]
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
         """Forward the adversarial examples once and return their cross-entropy."""
@@ -152,12 +153,14 @@ class Method(nn.Module):
         """Turn what was remembered during an epoch into what the next one needs; nothing by default."""
 
     def get_extra_state(self) -> dict:
-        """Return the stream of random starts, for the state dict."""
-        return self.stream.state_dict()
+        """Return the stream of random starts, and what a measured choice of twins rests on, for the state dict."""
+        measured = self._choice.state_dict()
+        return self.stream.state_dict() | ({"twin": measured} if measured else {})
 
     def set_extra_state(self, state: dict) -> None:
-        """Go on with a stream of random starts from a state dict."""
+        """Go on with a stream of random starts, and a choice of twins, from a state dict."""
         self.stream.load_state_dict(state)
+        self._choice.load_state_dict(state.get("twin", {}))
 
 
 def check_takes_loss(attack: Attack, method: str) -> Attack:

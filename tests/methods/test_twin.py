@@ -8,7 +8,7 @@ import torchattacks
 from torch import nn
 
 from at_extensions import create_model
-from at_extensions.folding import FoldedTwin, few_pixels, onednn
+from at_extensions.folding import FoldedTwin
 from at_extensions.methods import FGSMAT, PGDAT
 
 
@@ -78,7 +78,7 @@ def test_compiling_compiles_model_and_twin_and_changes_neither_keys_nor_results(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = create_model("small_cnn", 3, in_chans=1, width=4).double()
-        method = PGDAT(model, eps=0.1, alpha=0.03, steps=2)
+        method = PGDAT(model, eps=0.1, alpha=0.03, steps=2, twin=True)
         keys = list(model.state_dict())
         if compiled:
             method.compile(backend="aot_eager")
@@ -92,23 +92,3 @@ def test_compiling_compiles_model_and_twin_and_changes_neither_keys_nor_results(
 
     for eager, compiled in zip(step(False), step(True), strict=True):
         torch.testing.assert_close(eager, compiled, rtol=0, atol=1e-10)
-
-
-@pytest.mark.skipif(not onednn.is_available(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
-@pytest.mark.parametrize("way", ["twin", "plain", "compiled", "fp32"])
-def test_the_training_pass_is_routed_in_bfloat16_with_a_twin_unless_compiled(way, monkeypatch):
-    routed = []
-    conv2d = few_pixels.conv2d
-    monkeypatch.setattr(few_pixels, "conv2d", lambda *args: routed.append(args[0].shape) or conv2d(*args))
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 512, 3, 2), nn.ReLU(), nn.Conv2d(512, 256, 3), nn.Flatten(), nn.Linear(2304, 3))
-    model.to(memory_format=torch.channels_last)
-    method = PGDAT(model, eps=0.1, alpha=0.1, steps=1, twin=way != "plain")
-    if way == "compiled":
-        method.compile(backend="aot_eager")
-    x = torch.rand(6, 1, 12, 12).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16, enabled=way != "fp32"):
-        loss = method(x, torch.arange(6) % 3).loss
-    loss.backward()
-    assert len(routed) == (way == "twin")
-    assert model[2].weight.grad.dtype is torch.float32

@@ -1,0 +1,1 @@
+"""The attacks of AutoAttack that evaluation computes in ways of its own."""
