@@ -239,7 +239,7 @@ def test_an_attack_of_unknown_norm_needs_a_validation_attack():
 
     trainer, train, val = a_trainer(1, method=method)
     before = weights(trainer.model)
-    with pytest.raises(ValueError, match="radius of the training attack DeepFool is unknown.*val_attack="):
+    with pytest.raises(ValueError, match=r"radius of the training attack DeepFool is unknown.*val_attack="):
         trainer.fit(train, val)
     assert same(before, weights(trainer.model))
     clean, train, val = a_trainer(1, method=method, val_attack=False)
