@@ -103,7 +103,7 @@ def gradient_instability(
 
         |G(s) - G(0)| / |G(0)|    and    cos(G(s), G(0)).
 
-    ``frozen_attack`` adds the curve with the adversarial examples kept from s = 0. The gap between the two curves is the
+    ``frozen_attack`` adds the curve with the adversarial examples kept from s = 0. The gap between both curves is the
     attack's share: a smooth loss whose gradient jumps because the attack moves.
 
     BatchNorm is in eval mode throughout. Weights, buffers, modes, random streams and the method's memory come back as

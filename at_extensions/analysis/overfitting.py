@@ -256,7 +256,7 @@ def _advice(
 ) -> str:
     if rise is not None and rise < 0 and gap > 0.02:
         return (
-            f"Robust accuracy fell on the training images too ({100 * rise:.1f} points): this is no robust overfitting; "
+            f"Robust accuracy fell on the training images too ({100 * rise:.1f} points): not robust overfitting; "
             "look for catastrophic overfitting or a learning rate that is too high."
         )
     if onset is None:
