@@ -11,6 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+ONE_HOT = "one-hot labels are not supported; use labels.argmax(1)"
+
 NORMS = ("Linf", "L2", "L1")
 """Threat models, as AutoAttack and RobustBench spell them."""
 
@@ -140,8 +142,16 @@ def parse_fraction(text: str | float) -> float:
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from error
 
 
-def check_images(images: Tensor, *, name: str = "images") -> Tensor:
+def check_images(
+    images: Tensor, *, name: str = "images", limits: tuple[float, float] = (0.0, 1.0), values: bool = True
+) -> Tensor:
     """Return ``images`` if they are a non-empty float tensor (B, C, H, W) with values in [0, 1].
+
+    Args:
+        images: Images (B, C, H, W).
+        name: Their name in the error.
+        limits: Another range than [0, 1].
+        values: Check the values too, which reads the device; False checks kind and shape alone.
 
     Raises:
         TypeError: Not a floating-point tensor.
@@ -155,24 +165,28 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
         raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(images.shape)}")
     if images.numel() == 0:
         raise ValueError(f"{name} are empty: shape {tuple(images.shape)}")
+    if not values:
+        return images
     low, high = (v.item() for v in images.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} hold values that are not finite")
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], got [{low:.4g}, {high:.4g}]; normalisation belongs inside the model "
-            "(create_model(..., mean=, std=)), not in the data"
-        )
+    if low < limits[0] or high > limits[1]:
+        hint = f"use {name} / 255; " if low >= 0 and 2 < high <= 255 else ""
+        hint += "normalisation belongs inside the model (create_model(..., mean=, std=)), not in the data"
+        raise ValueError(f"{name} must lie in [{limits[0]:g}, {limits[1]:g}], got [{low:.4g}, {high:.4g}]; {hint}")
     return images
 
 
-def check_labels(labels: Tensor, num_classes: int | None = None, *, size: int | None = None) -> Tensor:
+def check_labels(
+    labels: Tensor, num_classes: int | None = None, *, size: int | None = None, values: bool = True
+) -> Tensor:
     """Return ``labels`` if they are whole class numbers (B,) in [0, num_classes).
 
     Args:
         labels: Class numbers.
         num_classes: Upper bound; not checked if None.
-        size: How many there must be; not checked if None.
+        size: Number of samples; not checked if None.
+        values: Check the values too, which reads the device; False checks kind and shape alone.
 
     Raises:
         TypeError: Not an integer tensor.
@@ -181,32 +195,44 @@ def check_labels(labels: Tensor, num_classes: int | None = None, *, size: int | 
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch tensor (B,), got {type(labels).__name__}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be class numbers of an integer dtype, got {labels.dtype}")
+        hint = "; one-hot or soft labels are not supported" if labels.ndim > 1 else "; use labels.long()"
+        raise TypeError(f"labels must be class numbers of an integer dtype, got {labels.dtype}{hint}")
     if labels.ndim != 1:
-        raise ValueError(f"labels must have shape (B,), got {tuple(labels.shape)}; one-hot labels are not supported")
+        hint = "use labels.squeeze(1)" if labels.ndim == 2 and labels.shape[1] == 1 else ONE_HOT
+        raise ValueError(f"labels must have shape (B,), got {tuple(labels.shape)}; {hint}")
     if size is not None and len(labels) != size:
         raise ValueError(f"got {len(labels)} labels for {size} images")
-    if len(labels):
+    if values and len(labels):
         low, high = (v.item() for v in labels.aminmax())
         if low < 0 or (num_classes is not None and high >= num_classes):
             top = "" if num_classes is None else f" to {num_classes - 1}"
-            raise ValueError(f"labels must be class numbers from 0{top}, got {low} to {high}")
+            hint = "; leave out samples without a class" if low in (-1, -100) else ""
+            raise ValueError(f"labels must be class numbers from 0{top}, got {low} to {high}{hint}")
     return labels
 
 
-def check_logits(logits: Tensor, batch: int, num_classes: int | None = None) -> Tensor:
+def check_logits(logits: Tensor, batch: int, num_classes: int | None = None, *, mode: str | None = None) -> Tensor:
     """Return ``logits`` if a classifier made them: a float tensor (batch, K), K at least 2.
+
+    Args:
+        logits: Output of the model.
+        batch: Number of images.
+        num_classes: K; not checked if None.
+        mode: ``"train"`` or ``"eval"``, the mode that the error names; None names none.
 
     Raises:
         TypeError: Not a floating-point tensor (a tuple or dict, say).
         ValueError: Another shape.
     """
+    where = "" if mode is None else f" in {mode} mode"
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"the model must return one tensor of logits (B, K), got {type(logits).__name__}")
+        hint = "" if isinstance(logits, Tensor) else "; without auxiliary outputs (features, a second head)"
+        kind = f"a tensor of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"the model must return one tensor of logits (B, K), got {kind}{where}{hint}")
     if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
         raise ValueError(
             f"the model must return logits (B, K) with one row an image and K at least 2; for {batch} images it "
-            f"returned {tuple(logits.shape)} (is the architecture made for this image size?)"
+            f"returned {tuple(logits.shape)}{where} (is the architecture made for this image size?)"
         )
     if num_classes is not None and logits.shape[1] != num_classes:
         raise ValueError(f"the model has {logits.shape[1]} outputs, the data {num_classes} classes")
@@ -267,6 +293,51 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in model.buffers():
         return tensor.device
     return torch.device("cpu")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return ``device`` as a torch device if tensors can be put on it.
+
+    Raises:
+        ValueError: Unknown, or not on this machine.
+    """
+    text = str(device)
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = text.partition(":")[0]
+        if kind in _DEVICES:
+            raise ValueError(f"device must be a name such as cpu or cuda:0, got {text!r}") from error
+        raise unknown_name("device", text, _DEVICES) from error
+    try:
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {text!r} cannot be used here ({_first_line(error)}); try cpu") from error
+    return found
+
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def check_fits(model: nn.Module, image: Tensor, name: str) -> nn.Module:
+    """Return ``model`` if it takes images like ``image`` (C, H, W); ``name`` names the data in the error.
+
+    Raises:
+        ValueError: It fails on them, or returns no logits.
+    """
+    from at_extensions.untouched import attacking
+
+    try:
+        with attacking(model), torch.no_grad():
+            check_logits(model(image[None].to(device_of(model))), 1)
+    except (RuntimeError, AssertionError) as error:
+        shape = " x ".join(str(side) for side in image.shape)
+        raise ValueError(f"the model does not take images of {shape} from {name}: {_first_line(error)}") from error
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_about_a_view(error: RuntimeError) -> bool:

@@ -1,191 +1,316 @@
-"""The command line: each command parses, calls one function and prints what came of it."""
+"""The command line: each command parses its settings, calls one function of ``commands`` and prints the result."""
 
 from __future__ import annotations
 
-import inspect
+import argparse
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from at_extensions.memory import keep_freed_memory
-from at_extensions.processes import is_main
-from at_extensions.runs import RunDirectory, find_runs
+from at_extensions import settings as s
 
-EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError)
-"""What a user's own settings or files can cause: shown as one line, without a traceback."""
+EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
+"""Errors that a user's settings, files or machine can cause: shown as one line, without a traceback."""
 
+DESCRIPTION = """Adversarial training: train, evaluate and publish robust image classifiers.
 
-def _commands() -> dict[str, Callable | dict]:
-    """Return the commands; what they need loads here, not when the package is imported."""
-    from at_extensions import experiments, publishing
-    from at_extensions.commands.evaluate import evaluate_run
-    from at_extensions.commands.train import train as train_run
-
-    @wraps(train_run)
-    def train(*args, **kwargs):
-        run = train_run(*args, **kwargs)
-        if not is_main():
-            return
-        numbers = ((k, v) for k, v in run.metrics()[-1].items() if isinstance(v, (int, float)))
-        print("  ".join(f"{key} {value:.4g}" for key, value in numbers))
-        print(f"run: {run.path}\nnext: at-extensions evaluate {run.path}")
-
-    @wraps(evaluate_run)
-    def evaluate(run, **kwargs):
-        result = evaluate_run(run, **kwargs)
-        if not is_main():
-            return
-        print(result)
-        print(f"model_info: {publishing.write_run_info(run)}")
-        print(f"report: {publishing.write_report([RunDirectory(run)], Path(run) / 'report.html')}")
-
-    @wraps(experiments.demo)
-    def demo(*args, **kwargs):
-        print(f"report: {experiments.demo(*args, **kwargs)}")
-
-    @wraps(publishing.leaderboard)
-    def leaderboard(*args, **kwargs):
-        print(f"leaderboard: {publishing.leaderboard(*args, **kwargs)}")
-
-    @wraps(publishing.verify)
-    def verify(*args, **kwargs):
-        verification = publishing.verify(*args, **kwargs)
-        print(verification)
-        return 0 if verification.passed else 1
-
-    def publish(
-        run_dir: str,
-        *,
-        id: str,
-        paper: publishing.Paper,
-        out: str | None = None,
-        dataset: str | None = None,
-        architecture: str | None = None,
-        allow_partial: bool = False,
-        allow_other_eps: bool = False,
-    ):
-        """Write an evaluated run as a folder that is ready to submit to RobustBench.
-
-        Args:
-            run_dir: A run with weights and an evaluation.
-            id: First author, year, first word of the title, variant, such as Wang2023Better_WRN-28-10.
-            paper: What the result belongs to; a YAML file, or --paper.title, --paper.authors, --paper.link, ...
-            out: The folder to write, new or empty; named after the id by default.
-            dataset: RobustBench's name of the data set; the run's own name for it by default.
-            architecture: Name of the network as people write it; made from the model's name by default.
-            allow_partial: Write a result that RobustBench would not rank, marked as such.
-            allow_other_eps: Publish an evaluation at another radius than the run trained for.
-        """
-        choices = {"dataset": dataset, "architecture": architecture}
-        allowed = {"allow_partial": allow_partial, "allow_other_eps": allow_other_eps}
-        folder = publishing.publish(run_dir, paper, id, out or id, **choices, **allowed)
-        print(f"submission: {folder}\nnext: at-extensions verify {folder}")
-
-    publish.__annotations__["paper"] = publishing.Paper  # a name of this function, unknown where the parser looks
-
-    def report(folder: str, *, out: str | None = None, title: str = "Robustness report"):
-        """Write one HTML page on several runs side by side, with the plots of a sweep where they are one.
-
-        Args:
-            folder: A folder of run directories, or one run directory.
-            out: The file to write; report.html in the folder by default.
-            title: Heading of the page.
-        """
-        runs = find_runs(folder)
-        print(f"report: {publishing.write_report(runs, out or Path(folder) / 'report.html', title=title)}")
-
-    @wraps(publishing.analyze_criticality)
-    def criticality(*, out: str = "runs/criticality", **kwargs):
-        for name, result in publishing.analyze_criticality(out=out, **kwargs).items():
-            print(f"{name}\n{result}\n")
-        print(f"results: {', '.join(str(path) for path in sorted(Path(out).glob('criticality*')))}")
-
-    return {
-        "train": train,
-        "evaluate": evaluate,
-        "report": report,
-        "publish": publish,
-        "verify": verify,
-        "leaderboard": leaderboard,
-        "analyze": {"_help": "Measure what a trained model does.", "criticality": criticality},
-        "demo": demo,
-    }
+Every command takes --config FILE.yaml with the same names; options on the command line win."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, or 1 for an error that the message explains."""
-    import jsonargparse
+def train(out: str, settings: s.TrainSettings) -> None:
+    """Train a classifier adversarially and keep everything about it in a run directory.
 
+    Started again with the same settings, an interrupted run goes on where it was. Under torchrun the batch is shared
+    out over the processes. --preset NAME begins with the recipe of a paper; options beside it win.
+    """
+    from at_extensions.commands.train import train
+    from at_extensions.processes import is_main
+
+    run = train(out, settings)
+    if is_main():
+        numbers = {k: v for k, v in run.metrics()[-1].items() if isinstance(v, (int, float))}
+        print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        print(f"run: {run.path}\nnext: {shlex.join(['at-extensions', 'evaluate', str(run.path)])}")
+
+
+def evaluate(run: str, settings: s.EvaluateSettings) -> None:
+    """Attack a run's model with AutoAttack on its test split; write evaluation.json and a report into the run.
+
+    Stopped and started again, it goes on where it was. Under torchrun the batches are dealt over the processes.
+    """
+    from at_extensions.commands.evaluate import evaluate_run, write_results
+    from at_extensions.commands.publish import publish_command
+    from at_extensions.processes import is_main
+
+    result = evaluate_run(run, settings)
+    if is_main():
+        info, page = write_results(run)
+        print(f"{result}\nmodel_info: {info}\nreport: {page}\nnext: {publish_command(run)}")
+
+
+def report(folder: str, settings: s.ReportSettings) -> None:
+    """Write one HTML page on several runs side by side, with the plots of a sweep where they are one."""
+    from at_extensions.commands.report import report_runs
+
+    print(f"report: {report_runs(folder, settings)}")
+
+
+def publish(run: str, settings: s.PublishSettings) -> None:
+    """Write an evaluated run as a folder that is ready to submit to RobustBench."""
+    from at_extensions.commands.publish import publish_run, verify_command
+
+    folder = publish_run(run, settings)
+    print(f"submission: {folder}\nnext: {verify_command(folder, run)}")
+
+
+def verify(folder: str, settings: s.VerifySettings) -> int:
+    """Check a folder that publish wrote: hashes, schema, clean accuracy, and AutoAttack on some of the images.
+
+    RobustBench's own load_model loads the model in a fresh process. The exit status is 0 if every check passes, else 1.
+    """
+    from at_extensions.commands.verify import verify_folder
+
+    verification = verify_folder(folder, settings)
+    print(verification)
+    return 0 if verification.passed else 1
+
+
+def leaderboard(folder: str, settings: s.LeaderboardSettings) -> None:
+    """Write one self-contained HTML page that ranks every model_info JSON under a folder."""
+    from at_extensions.commands.leaderboard import rank_results
+
+    print(f"leaderboard: {rank_results(folder, settings)}")
+
+
+def criticality(settings: s.CriticalitySettings) -> None:
+    """Measure layer criticality of trained models on test images; write JSON, CSV and pictures."""
+    from at_extensions.commands.analyze import analyze_criticality
+
+    for name, result in analyze_criticality(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {', '.join(str(path) for path in sorted(Path(settings.out).glob('criticality*')))}")
+
+
+def demo(settings: s.DemoSettings) -> None:
+    """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
+
+    Takes minutes on two CPU cores. Run again, it goes on where it stopped.
+    """
+    from at_extensions.experiments.demo import demo
+
+    print(f"report: {demo(settings)}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its function, its settings and, for ``--help``, its argument and an example."""
+
+    run: Callable[..., int | None]
+    settings: type[s.Settings]
+    example: str
+    argument: str | None = None
+    about: str = ""
+    resumes: bool = False
+
+
+COMMANDS = {
+    "train": Command(
+        train,
+        s.TrainSettings,
+        "train runs/digits --data digits --method pgd --eps 0.2 --steps 3 --epochs 5 --augment crop",
+        "out",
+        "The run directory.",
+        resumes=True,
+    ),
+    "evaluate": Command(
+        evaluate, s.EvaluateSettings, "evaluate runs/digits --n-examples 50", "run", "A run directory.", resumes=True
+    ),
+    "report": Command(
+        report, s.ReportSettings, "report runs", "folder", "A folder of run directories, or one run directory."
+    ),
+    "publish": Command(
+        publish,
+        s.PublishSettings,
+        'publish runs/digits --id Doe2026Digits --paper.title "Robust digits" --paper.authors "Jane Doe" '
+        "--paper.link https://example.org --allow-partial",
+        "run",
+        "A run with weights and an evaluation.",
+    ),
+    "verify": Command(
+        verify, s.VerifySettings, "verify Doe2026Digits --n-examples 20", "folder", "A folder that publish wrote."
+    ),
+    "leaderboard": Command(
+        leaderboard, s.LeaderboardSettings, "leaderboard runs", "folder", "Any folder with model_info JSON files."
+    ),
+    "analyze criticality": Command(
+        criticality, s.CriticalitySettings, "analyze criticality --model runs/digits --data digits --n-examples 50"
+    ),
+    "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),
+}
+GROUPS = {"analyze": "Measure a trained model."}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    words, command = list(sys.argv[1:] if argv is None else argv), None
+    try:
+        command, options = _parse(words)
+        return _run(command, options) or 0
+    except KeyboardInterrupt:
+        goes_on = "the same command goes on" if command and command.resumes else "the same command starts anew"
+        print(f"\nat-extensions: interrupted; {goes_on}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("AT_EXTENSIONS_TRACEBACK") or not (isinstance(error, EXPECTED) or _out_of_memory(error)):
+            raise
+        print(f"at-extensions: error: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(command: Command, options: dict[str, Any]) -> int | None:
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated")
-    commands = _commands()
+    printing = options.pop("print_config", "false") == "true"
+    given: dict[str, Any] = {}
+    if "preset" in options:
+        from at_extensions.presets import preset
+
+        given |= preset(options.pop("preset"))
+    if "config" in options:
+        given |= s.read_settings(options.pop("config"))
+    given |= options
+    argument = [] if command.argument is None else [given.pop(command.argument, None)]
+    settings = command.settings.from_dict(given)
+    if printing:
+        import yaml
+
+        print(yaml.safe_dump(settings.to_dict(), sort_keys=False), end="")
+        return 0
+    if None in argument:
+        raise ValueError(f"{command.argument} is missing: {command.about}")
+    from at_extensions.memory import keep_freed_memory
+
     keep_freed_memory()
-    arguments = _flags([_underscores(a) for a in (sys.argv[1:] if argv is None else argv)], commands)
-    try:
-        arguments = _preset_first(arguments)
-        status = jsonargparse.auto_cli(
-            commands,
-            args=arguments,
-            prog="at-extensions",
-            description="Adversarial training: train, evaluate and publish robust image classifiers. "
-            "Every command takes --config FILE.yaml with the same names; what is given on the command line wins. "
-            "train --preset NAME begins with the recipe of a paper.",
-        )
-    except EXPECTED as error:
-        if os.environ.get("AT_EXTENSIONS_TRACEBACK"):
-            raise
-        print(f"at-extensions: error: {error}", file=sys.stderr)
-        return 1
-    return status or 0
+    return command.run(*argument, settings)
 
 
-def _underscores(argument: str) -> str:
-    """Let ``--batch-size`` mean ``--batch_size``."""
-    name, equals, value = argument.partition("=")
-    return (name.replace("-", "_").replace("__", "--", 1) if re.match(r"--\w", name) else name) + equals + value
+def _parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+    """Return the command and the options that the words give; exits where they are wrong or ask for help."""
+    parser, parsers = _parsers()
+    if not words:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    switches = {s.flag(f.name) for c in COMMANDS.values() for f in fields(c.settings) if f.type == "bool"}
+    switches |= {f"--paper.{s.flag(f.name)[2:]}" for f in fields(s.Paper) if f.type == "bool"} | {"--print-config"}
+    found, unknown = parser.parse_known_args(_spelled(words, switches))
+    options = vars(found)
+    name = options.pop("command")
+    if unknown:
+        known = [flag for action in parsers[name]._actions for flag in action.option_strings]
+        parsers[name].error("; ".join(_unknown(word, known) for word in unknown))
+    return COMMANDS[name], options
 
 
-def _preset_first(arguments: list[str]) -> list[str]:
-    """Let ``train ... --preset deat`` mean ``train --config THE_PRESET.yaml ...``: whatever else is given then wins."""
-    from at_extensions.training.presets import preset_path
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser, and the parser of each command."""
+    parser = _parser("at-extensions", DESCRIPTION, COMMANDS["demo"].example)
+    within = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    parsers = {}
+    for name, command in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in within:
+            outer = within[""].add_parser(group, help=GROUPS[group], **_texts(GROUPS[group], command.example))
+            within[group] = outer.add_subparsers(metavar="COMMAND", required=True)
+        help = (command.run.__doc__ or "").splitlines()[0]
+        parsers[name] = within[group].add_parser(last, help=help, **_texts(command.run.__doc__, command.example))
+        parsers[name].set_defaults(command=name)
+        _add_options(parsers[name], command)
+    return parser, parsers
 
-    if arguments[:1] != ["train"]:
-        return arguments
-    rest = arguments[1:]
-    for i, argument in enumerate(rest):
-        option, equals, name = argument.partition("=")
-        if option == "--preset":
-            name, after = (name, i + 1) if equals else (next(iter(rest[i + 1 : i + 2]), ""), i + 2)
-            return ["train", "--config", str(preset_path(name)), *rest[:i], *rest[after:]]
-    return arguments
+
+def _parser(prog: str, text: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=prog, **_texts(text, example))
 
 
-def _flags(arguments: list[str], commands: dict[str, Callable | dict]) -> list[str]:
-    """Let ``--allow_partial`` mean ``--allow_partial=true``, for every option that is true or false."""
-    switches = {
-        f"--{name}"
-        for command in _functions(commands)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.annotation in (bool, "bool")
+def _texts(text: str | None, example: str) -> dict[str, Any]:
+    lines = re.sub(r"(?m)^ +", "", text or "").replace("%", "%%")
+    return {
+        "description": lines,
+        "epilog": f"example:\n  at-extensions {example}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+        "argument_default": argparse.SUPPRESS,
     }
-    following = [*arguments[1:], "--"]
-    return [
-        f"{a}=true" if a in switches and after not in ("true", "false") else a
-        for a, after in zip(arguments, following, strict=True)
-    ]
 
 
-def _functions(commands: dict[str, Callable | dict]) -> Iterator[Callable]:
-    """Every command, and every command of a group."""
-    for command in commands.values():
-        if isinstance(command, dict):
-            yield from _functions({name: part for name, part in command.items() if name != "_help"})
-        else:
-            yield command
+def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
+    if command.argument is not None:
+        parser.add_argument(command.argument, nargs="?", help=command.about)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, or the config.yaml of a run.")
+    if command.settings is s.TrainSettings:
+        parser.add_argument("--preset", metavar="NAME", help="Recipe of a paper: deat or reat.")
+    parser.add_argument("--print-config", metavar="", help="Print the settings as YAML, and do nothing else.")
+    done: set[str] = set()
+    for base in reversed(command.settings.__mro__):
+        own = [f for f in fields(base) if f.name not in done] if base not in (object, s.Settings) else []
+        if own and issubclass(base, s.Settings):
+            group = parser.add_argument_group(base.__doc__.splitlines()[0].rstrip(".").lower())
+            for f in own:
+                _add_option(group, f.name, f, s.kinds_of(base)[f.name])
+            done |= {f.name for f in own}
+
+
+def _add_option(group: Any, name: str, f: Any, kind: Any) -> None:
+    kinds = s.alternatives(kind)
+    default = "" if f.default in (None, MISSING, "") else f" (default: {s.as_text(f.default)})"
+    help = (f.metadata["help"] + default).replace("%", "%%")
+    group.add_argument(s.flag(name), dest=name, metavar=_metavar(kinds), help=help)
+    if isinstance(kinds[0], type) and issubclass(kinds[0], s.Settings):
+        for part in fields(kinds[0]):
+            _add_option(group, f"{name}.{part.name}", part, s.kinds_of(kinds[0])[part.name])
+
+
+def _metavar(kinds: tuple) -> str:
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", dict: "JSON", s.Paper: "FILE"}
+    return "|".join(names.get(kind, "A,B") for kind in kinds if kind is not type(None))
+
+
+def _spelled(words: Sequence[str], switches: set[str]) -> list[str]:
+    """Let ``--batch_size`` mean ``--batch-size``, and a switch without a value ``--switch=true``."""
+    spelled = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-") if re.match(r"--\w", name) else name
+        if name in switches and not equals and following not in ("true", "false"):
+            equals, value = "=", "true"
+        spelled.append(name + equals + value)
+    return spelled
+
+
+def _unknown(word: str, known: list[str]) -> str:
+    from at_extensions.checks import unknown_name
+
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    return str(unknown_name("option", word.partition("=")[0], known))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _message(error: Exception) -> str:
+    if _out_of_memory(error):
+        return f"out of memory; try a smaller --batch-size ({str(error).splitlines()[0]})"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

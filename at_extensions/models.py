@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from at_extensions.checks import check_count, check_model, check_name, device_of, unknown_name
-from at_extensions.runs import load_weights, read_recipe
+from at_extensions.runs import read_recipe
+from at_extensions.weights import load_weights
 
+_PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 _NOT_IN_RECIPE = ("pretrained", "checkpoint_path")  # where weights came from says nothing about the architecture
 
 
@@ -22,10 +24,10 @@ class Normalized(nn.Module):
         network: The architecture, on normalised images.
         mean: Buffer (1, C, 1, 1).
         std: Buffer (1, C, 1, 1).
-        recipe: The arguments of ``create_model`` that made it.
+        recipe: The arguments of ``create_model`` that made it; None for a network from elsewhere.
     """
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], recipe: dict):
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], recipe: dict | None):
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
@@ -40,9 +42,9 @@ class Normalized(nn.Module):
         return self.network((x - self.mean) / self.std)
 
     def skip_identity_normalisation(self) -> None:
-        """Look whether mean and std are 0 and 1, and leave them out if so: to be called again when they change.
+        """Leave out a mean of 0 and a std of 1; call it again when they change.
 
-        For copies alone whose buffers nobody else changes; reading them waits for the device.
+        Only for copies whose buffers nobody else changes. Reading them synchronises with the device.
         """
         self._changes_nothing = bool((self.mean == 0).all() & (self.std == 1).all())
 
@@ -278,7 +280,8 @@ def load_model(path: str | Path) -> Normalized:
     """Rebuild a trained model from a checkpoint (``*.safetensors``) that names its recipe.
 
     Args:
-        path: A weights file that this package wrote, such as ``RUN/checkpoints/best.safetensors``.
+        path: A weights file that this package wrote, such as ``RUN/checkpoints/best.safetensors``; its names may carry
+            prefixes, as ``load_weights`` takes them.
 
     Returns:
         The model on the CPU, in eval mode.
@@ -287,19 +290,24 @@ def load_model(path: str | Path) -> Normalized:
         FileNotFoundError: No such file.
         ValueError: Truncated, foreign, or of another architecture.
     """
-    recipe = read_recipe(path)
+    path = Path(path)
+    foreign = path.is_file() and path.suffix in _PYTORCH
+    recipe = None if foreign else read_recipe(path)
     if recipe is None:
-        raise ValueError(f"{path} names no recipe; build the model yourself and use runs.load_weights(model, path)")
+        raise ValueError(
+            f"{path} names no recipe; build the model yourself and use at_extensions.load_weights(model, path), or "
+            f"evaluate it: at-extensions evaluate DIR --model NAME --weights {path}"
+        )
     model = from_recipe(recipe)
     load_weights(model, path)
     return model.eval()
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """Return the last linear classifier of a model: what turns penultimate features into logits.
+    """Return the last linear classifier of a model, which maps penultimate features to logits.
 
     Raises:
-        ValueError: There is none that can be told (several heads, as in LeViT, or no linear layer).
+        ValueError: None is found: several heads, as in LeViT, or no linear layer.
     """
     if not isinstance(model, Normalized) and hasattr(model, "get_classifier"):
         head = model.get_classifier()
@@ -320,7 +328,7 @@ def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     The features are what enters the last linear classifier, caught by a pre-hook that is gone afterwards.
 
     Raises:
-        ValueError: The classifier cannot be told, or is not what made the logits.
+        ValueError: The classifier cannot be found, or did not make the logits.
     """
     caught: list[tuple[Tensor, Tensor]] = []
     head = classifier_of(model)

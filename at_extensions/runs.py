@@ -40,6 +40,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+def check_writable(folder: str | Path) -> Path:
+    """Return ``folder``, made if it is missing, if files can be written into it.
+
+    Raises:
+        OSError: They cannot; the error names the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into {folder}: {error.strerror}") from error
+
+
 def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -102,24 +117,6 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     recipe = getattr(model, "recipe", None)
     metadata = {"format": "pt"} | ({} if recipe is None else {"recipe": json.dumps(recipe)})
     return save_tensors(path, model.state_dict(), metadata)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load weights that ``save_weights`` wrote into a model of the same architecture, in place.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Truncated, foreign, or of another architecture; the model is then unchanged.
-    """
-    tensors, _ = load_tensors(path)
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or foreign or other:
-        what = [f"{len(names)} {label} ({names[0]}, ...)" for label, names in
-                (("missing", missing), ("unknown", foreign), ("of another shape", other)) if names]  # fmt: skip
-        raise ValueError(f"{path} is a checkpoint of another architecture: tensors " + ", ".join(what))
-    model.load_state_dict(tensors)
 
 
 def read_recipe(path: str | Path) -> dict | None:

@@ -13,6 +13,8 @@ from at_extensions.checks import check_name
 BATCHNORM = ("eval", "train")
 """How BatchNorm normalises during an attack: by running statistics, or by the batch's own."""
 
+_RANKS_APART = 7919  # between the seeds of two processes' streams
+
 _REGISTERS = ("_parameters", "_buffers", "_modules")
 
 
@@ -64,11 +66,15 @@ def frozen(model: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[nn.Module]:
+def untouched(model: nn.Module, *, training: bool = False) -> Iterator[nn.Module]:
     """Put a model in eval mode without compilation or gradients, and restore every module's attributes afterwards.
 
     Restored, also after an exception or Ctrl-C: modes, attributes that a forward pass sets, the tensor under each
     name, the values of buffers, and the global random state. Parameters are not copied: nothing writes to them.
+
+    Args:
+        model: The model.
+        training: Leave modules in the modes that they are in.
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
@@ -77,7 +83,7 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with random_state_kept(), torch.no_grad():
             for module in modules:
-                module.training = False
+                module.training = training and module.training
                 vars(module).pop("_compiled_call_impl", None)  # compiled code knows only the weights it was made with
             yield model
     finally:
@@ -144,12 +150,31 @@ class RandomStream:
     batch to batch and yet leave the global random state alone.
 
     Args:
-        seed: Where the stream starts.
+        seed: Of the first numbers.
+
+    Attributes:
+        seed: As given.
+        rank: Number of the process whose share of the stream this is (see ``spread``).
     """
 
     def __init__(self, seed: int = 0):
         self.seed = int(seed)
+        self.rank = 0
         self._states: dict[str, Tensor] = {}
+
+    def spread(self, rank: int) -> None:
+        """Draw other numbers from here on than the processes of other ranks; the seed and rank 0 stay as they are.
+
+        A second call with the same rank changes nothing.
+        """
+        if rank == self.rank:
+            return
+        self.rank = int(rank)
+        for name, state in self._states.items():
+            generator = torch.Generator(name)
+            generator.set_state(state)
+            seed = torch.randint(2**62, (), generator=generator, device=name).item()
+            self._states[name] = generator.manual_seed(seed + _RANKS_APART * self.rank).get_state()
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -166,15 +191,16 @@ class RandomStream:
                 _set_state(d, before[name])
 
     def _start(self, device: torch.device) -> Tensor:
-        return torch.Generator(device).manual_seed(self.seed).get_state()
+        return torch.Generator(device).manual_seed(self.seed + _RANKS_APART * self.rank).get_state()
 
     def state_dict(self) -> dict:
         """Return the position of the stream."""
-        return {"seed": self.seed, "states": dict(self._states)}
+        return {"seed": self.seed, "rank": self.rank, "states": dict(self._states)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from the position of another stream."""
-        self.seed, self._states = int(state["seed"]), {k: v.cpu() for k, v in state["states"].items()}
+        self.seed, self.rank = int(state["seed"]), int(state["rank"])
+        self._states = {name: position.cpu() for name, position in state["states"].items()}
 
 
 def _get_state(device: torch.device) -> Tensor:

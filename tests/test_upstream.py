@@ -50,12 +50,14 @@ def test_a_real_autoattack_wins(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["script", "folder"])
-def test_what_only_has_the_name_is_no_backend(tmp_path, kind):
+def test_an_unrelated_module_of_that_name_is_no_backend(tmp_path, kind):
     if kind == "script":
         (tmp_path / "autoattack.py").write_text("print('my experiments')\n")
     else:
         (tmp_path / "autoattack").mkdir()
-    code = "from at_extensions import upstream\nprint(upstream.attack_module('square').SquareAttack.__module__)"
+    (tmp_path / "pyautoattack").mkdir()
+    (tmp_path / "pyautoattack" / "square.py").touch()  # in place of the installed one, which imports torch
+    code = "from at_extensions import upstream\nprint(upstream.attack_module('square').__name__)"
     assert run(code, PYTHONPATH=str(tmp_path)) == "pyautoattack.square"
 
 

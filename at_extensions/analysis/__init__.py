@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Measurements of a given model, of a training gradient, and of an optimiser's diffusion."""
+=======
+"""Measurements of a given model (layer criticality, gradient noise) and of an optimiser's diffusion."""
+>>>>>>> main
 
 from at_extensions.analysis import diffusion
 from at_extensions.analysis.criticality import LayerCriticality, layer_criticality

@@ -1,6 +1,7 @@
 """Attacks that torchattacks lacks, and the context in which any of its attacks runs."""
 
 from at_extensions.attacks.class_eps import ClassEpsPGD, robust_lt_scales
+from at_extensions.attacks.first_pass import FirstPass, first_pass
 from at_extensions.attacks.nfgsm import NFGSM
 from at_extensions.attacks.pgd import PGD, Loss
 from at_extensions.attacks.running import check_attack, perturb
@@ -10,10 +11,12 @@ __all__ = [
     "NFGSM",
     "PGD",
     "ClassEpsPGD",
+    "FirstPass",
     "Loss",
     "RandomStream",
     "attacking",
     "check_attack",
+    "first_pass",
     "perturb",
     "robust_lt_scales",
 ]

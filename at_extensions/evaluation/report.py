@@ -19,7 +19,7 @@ from at_extensions.runs import write_json
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """A few samples that an attack broke.
+    """A few samples with adversarial examples.
 
     Attributes:
         images: (N, C, H, W) in [0, 1].
@@ -43,44 +43,44 @@ class Examples:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-_LATER = {"weights", "data", "data_name", "compiled"}  # what reports of earlier versions lack
+_LATER = {"weights", "data", "data_name", "compiled"}  # absent from reports of earlier versions
 
 
 @dataclass(eq=False)
 class RobustnessReport:
-    """What AutoAttack left standing, and how it was found out. Accuracies are fractions in [0, 1].
+    """The result of an evaluation by AutoAttack. Accuracies are fractions in [0, 1].
 
     Attributes:
         norm: Threat model: ``"Linf"``, ``"L2"`` or ``"L1"``.
         eps: Its radius.
         version: AutoAttack's version.
         seed: Seed of the evaluation.
-        n_examples: How many samples, N.
-        num_classes: How many classes the model tells apart, K.
-        clean_accuracy: Share of the samples classified rightly.
-        robust_accuracy: Share still classified rightly after every attack.
-        clean: One bool a sample (N,): classified rightly.
-        robust: One bool a sample (N,): no attack broke it.
-        after_attack: Attack -> accuracy left after it, in the order they ran.
+        n_examples: Number of samples, N.
+        num_classes: Number of classes, K.
+        clean_accuracy: Share of the samples classified correctly.
+        robust_accuracy: Share classified correctly after every attack.
+        clean: One bool a sample (N,): classified correctly.
+        robust: One bool a sample (N,): correct, and no attack fooled the model on it.
+        after_attack: Attack -> robust accuracy after it, in the order they ran.
         per_class: One dict a class: ``class``, ``count``, ``clean``, ``robust`` (None where the class has no sample),
             and ``train_count`` where class counts were given.
         interval: 95 % Wilson interval of robust accuracy.
-        flags: What a reader must know.
-        settings: Attack -> the settings it ran with.
+        flags: Caveats.
+        settings: Attack -> its settings.
         versions: Package -> version.
-        device: Where it ran.
+        device: The device of the model.
         precision: ``"fp32"``, or ``"bf16"`` for a search in bf16 that was verified in fp32.
-        batch_size: Samples a batch; part of what decides the random draws.
+        batch_size: Samples a batch; the random draws depend on it.
         seconds: Time in total, summed over the batches (and so over the processes).
         attack_seconds: The same for each attack.
-        indices: Places in the data of the samples, where a subset was drawn.
+        indices: Positions of the samples in the data, where a subset was drawn.
         groups: Accuracy by frequency in training, ``head``, ``medium`` and ``tail``: dicts of ``clean`` and ``robust``.
         weights: SHA-256 of the model's state dict (``evaluation.state_digest``); None in a report that an earlier
             version wrote.
         data: SHA-256 of the images and labels; None likewise.
-        data_name: What the data are called, where the evaluation was one of a run.
+        data_name: Name of the data, where the evaluation was one of a run.
         compiled: Whether the search ran on a compiled model.
-        examples: A few broken samples; not part of ``to_dict``.
+        examples: A few samples with adversarial examples; not part of ``to_dict``.
     """
 
     norm: str
@@ -197,8 +197,8 @@ def summary(
 
     Args:
         labels: (N,).
-        clean: Which samples are classified rightly (N,).
-        robust: Which of them no attack broke (N,).
+        clean: Which samples are classified correctly (N,).
+        robust: Which of them are robust against every attack (N,).
         num_classes: K.
         class_counts: Training samples of each class (K,), if known.
     """

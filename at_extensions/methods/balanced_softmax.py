@@ -11,7 +11,8 @@ from torchattacks.attack import Attack
 
 from at_extensions.attacks import PGD, ClassEpsPGD, robust_lt_scales
 from at_extensions.checks import check_class_counts, check_matching, check_model
-from at_extensions.methods.method import Method, Step, register
+from at_extensions.methods.method import Method, Step
+from at_extensions.methods.registry import register
 
 
 @register("at_bsl", "AT-BSL (Yue et al. 2024): balanced softmax on PGD adversarial examples, for long-tailed data")

@@ -8,7 +8,8 @@ from torchattacks.attack import Attack
 
 from at_extensions.attacks import NFGSM
 from at_extensions.checks import check_eps, check_name, check_number
-from at_extensions.methods.method import Method, register
+from at_extensions.methods.method import Method
+from at_extensions.methods.registry import register
 
 VARIANTS = ("n", "rs", "plain")
 """N-FGSM, RS-FGSM and plain FGSM, from the safest to the one that overfits catastrophically first."""

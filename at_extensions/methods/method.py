@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchattacks.attack import Attack
 
-from at_extensions.attacks import Loss, RandomStream, check_attack, perturb
-from at_extensions.checks import check_model, check_name, unknown_name
-from at_extensions.folding import FoldedTwin, fold_batchnorm, training_pass
+from at_extensions.attacks import Loss, RandomStream, attacking, check_attack, first_pass, perturb
+from at_extensions.checks import check_logits, check_model, check_name
+from at_extensions.folding import FoldedTwin, fold_batchnorm
+from at_extensions.methods._guard import BatchGuard, check_kinds
 from at_extensions.untouched import BATCHNORM
 
 
 class Step(NamedTuple):
-    """What a method makes of a batch.
+    """A method's result for one batch.
 
     Attributes:
         loss: Scalar to call ``backward`` on.
         logits: (B, K) of the training forward, on ``x_adv`` unless the method says otherwise.
-        x_adv: (B, C, H, W), what the model was trained on.
+        x_adv: (B, C, H, W), the images that the model was trained on.
+        terms: Named parts of the loss, detached scalars, which ``Trainer`` logs as ``train_<name>``.
+        clean_logits: (B, K) of the clean images in the training forward, with gradient, for methods that forward them.
     """
 
     loss: Tensor
     logits: Tensor
     x_adv: Tensor
+    terms: Mapping[str, Tensor] = MappingProxyType({})
+    clean_logits: Tensor | None = None
+
+    def plus(self, name: str, term: Tensor) -> Step:
+        """Return this step with a term (a scalar) added to its loss, and logged under ``name``."""
+        return self._replace(loss=self.loss + term, terms={**self.terms, name: term.detach()})
 
 
 class Method(nn.Module):
@@ -37,6 +49,14 @@ class Method(nn.Module):
     It is an ``nn.Module`` that holds the raw model, so ``DistributedDataParallel(method)`` is all that distributed
     training needs. The attack leaves modes, gradients, buffers and global random state as they were; its random
     starts come from a stream of the method's own, which is part of the state dict.
+
+    A method of your own overrides some of ``attack_loss(x, y, index)``, ``perturb(x, y, index, loss=)`` and
+    ``loss(x, x_adv, y, index)``, and not ``forward``: then any ``Wrapping`` fits around it.
+
+    The first batch is checked in full. Later ones are checked by flags that stay on the device: a batch with images or
+    labels out of range, or with NaN, adds nothing to the loss (its images are clamped, so that BatchNorm's buffers stay
+    finite) and raises at ``check()``, which ``epoch_end()`` and every 200th step call. Labels of any integer dtype are
+    converted to int64.
 
     Args:
         model: Classifier of images in [0, 1] that returns logits (B, K).
@@ -47,13 +67,20 @@ class Method(nn.Module):
             the same logits and input gradients up to rounding, in less time (on a CPU where convolutions have many
             channels, five digits of them in float32, and in bfloat16 up to twice the rounding errors). Where nothing
             folds, where BatchNorm normalises by the batch, or where attacks are nested, the model itself is searched
-            on. False also leaves the training pass's convolutions of few pixels to torch (``folding.training_pass``).
-        seed: Where the stream of random starts begins.
+            on.
+        seed: Of the stream of random starts.
+
+    Attributes:
+        needs_index: Whether the method cannot do without ``index``.
+        keep_first_pass: Whether each attack's first pass is recorded in ``first_pass``; False at first.
+        first_pass: Of the last attack (``attacks.FirstPass``), or None.
 
     Raises:
         TypeError: Not a module, or not a torchattacks attack.
-        ValueError: The attack is on another model or normalises.
+        ValueError: The attack is on another model or normalises; a ``DistributedDataParallel`` for a model.
     """
+
+    needs_index = False
 
     def __init__(
         self,
@@ -65,33 +92,139 @@ class Method(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        self.model = check_model(model)
+        self._prepare()
+        self.model = _check_raw(model)
         self.attack = None if attack is None else check_attack(attack, model)
         self.batchnorm = check_name("batchnorm", batchnorm, BATCHNORM)
         self.stream = RandomStream(seed)
+        self.keep_first_pass, self.first_pass = False, None
         folds = twin and batchnorm == "eval" and attack is not None and not attack._attacks
         self._twin: list[FoldedTwin | None] | None = [] if folds else None  # a list: the twin is no submodule
-        self._faster = twin
         self._compiled: dict | None = None
+        self._step: dict | None = None
+
+    def _prepare(self) -> None:
+        """Set up the state that every method has for itself, a ``Wrapping`` too."""
         self._local_buffers: list[str] = []
+        self._guard = BatchGuard()
 
     def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
         """Attack a batch and return its training loss.
 
         Args:
             x: Images (B, C, H, W) in [0, 1].
-            y: Class numbers (B,).
-            index: Which training samples these are (B,), for methods that remember something of each.
-        """
-        x_adv = self.perturb(x, y, index)
-        with training_pass(self.model) if self._faster and self._compiled is None else contextlib.nullcontext():
-            return self.loss(x, x_adv, y, index)
+            y: Class numbers (B,), of any integer dtype.
+            index: Numbers of the training samples (B,), for methods that remember something of each.
 
-    def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the adversarial examples (B, C, H, W) to train on, detached."""
+        Raises:
+            TypeError, ValueError: A batch that cannot be right, as far as that is seen without reading the device; in
+                the first batch, all of it.
+        """
+        y = self._labels(x, y, index)
+        spoiled = None
+        if self.num_classes is None:
+            self._guard.first(self.model, x, y)
+        else:
+            x, y, spoiled = self._guard.later(x, y)
+        with self._one_step():
+            x_adv = self.perturb(x, y, index)
+            step = self.loss(x, x_adv, y, index)
+        check_logits(step.logits, len(x), self.num_classes, mode="train" if self.model.training else "eval")
+        if spoiled is None:
+            return step
+        return step._replace(loss=torch.where(spoiled, torch.zeros_like(step.loss), step.loss))
+
+    def inspect(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> None:
+        """Check a batch in full, as the first step does; ``num_classes`` is known afterwards.
+
+        Raises:
+            TypeError, ValueError: Images, labels, logits or index that cannot be right.
+        """
+        self._guard.first(self.model, x, self._labels(x, y, index))
+
+    def check(self) -> None:
+        """Raise if a batch since the last call could not be right; this reads the device.
+
+        Raises:
+            ValueError: It names the faults.
+        """
+        self._guard.check()
+
+    def flag(self, fault: str, condition: Tensor) -> None:
+        """Note on the device a fault of a batch, which ``check()`` reports: a bool that is true where it happened."""
+        self._guard.flag(fault, condition)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of logits K; None before the first batch."""
+        return self._guard.num_classes
+
+    @property
+    def image_range(self) -> tuple[float, float]:
+        """Range of the images, (0, 1) unless set otherwise."""
+        return self._guard.limits
+
+    @image_range.setter
+    def image_range(self, limits: tuple[float, float]) -> None:
+        self._guard.limits = limits
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None, *, loss: Loss | None = None) -> Tensor:
+        """Return the adversarial examples (B, C, H, W) to train on, detached.
+
+        Args:
+            x: Images (B, C, H, W) in [0, 1].
+            y: Class numbers (B,).
+            index: Numbers of the training samples (B,).
+            loss: Maximised instead of ``attack_loss``; a ``Wrapping`` gives it.
+        """
         if self.attack is None:
             return x
-        return self.attack_on(x, y)
+        return self.attack_on(x, y, self.attack_loss(x, y, index) if loss is None else loss)
+
+    def attack_loss(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> Loss | None:
+        """Return the loss of logits (B, K) that the attack maximises on a batch; None leaves it to the attack.
+
+        It is called once a batch, before the attack. None means cross-entropy in ``attacks.PGD`` and
+        ``attacks.NFGSM``, and the attack's own loss in torchattacks' attacks.
+        """
+        return None
+
+    def clean_logits(self, x: Tensor) -> Tensor:
+        """Return logits (B, K) of images in eval mode, without gradient and without a trace in the model.
+
+        Within one step they are computed once, though a method and its wrappings ask for them.
+        """
+        if self._step is not None and self._step.get("images") is x:
+            return self._step["logits"]
+        searched = self._step_twin() or self.model
+        with attacking(self.model, self.batchnorm), torch.no_grad():
+            logits = searched(x)
+        if self._step is not None:
+            self._step.update(images=x, logits=logits)
+        return logits
+
+    @contextlib.contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """Keep the refreshed twin and the clean logits until the outermost such block ends."""
+        if self._step is not None:
+            yield
+            return
+        self._step = {}
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def _step_twin(self) -> FoldedTwin | None:
+        """Return the twin, refreshed once a step: in the middle of an attack a refresh would spoil its graph."""
+        if self._step is None:
+            return self._fresh_twin()
+        if "twin" not in self._step:
+            self._step["twin"] = self._fresh_twin()
+        return self._step["twin"]
+
+    def _labels(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+        return check_kinds(x, y, index, needs_index=type(self).__name__ if self.needs_index else None)
 
     def attack_on(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> Tensor:
         """Run the method's attack from its own stream of random starts, on the folded twin where there is one.
@@ -101,9 +234,10 @@ class Method(nn.Module):
             y: Class numbers (B,).
             loss: What to maximise instead of cross-entropy, for attacks that take it: logits to a scalar or (B,).
         """
-        return perturb(
-            self.attack, x, y, loss=loss, stream=self.stream, batchnorm=self.batchnorm, twin=self._fresh_twin()
-        )
+        recorded = first_pass(self.attack) if self.keep_first_pass else contextlib.nullcontext()
+        with self._one_step(), recorded as self.first_pass:
+            options = {"stream": self.stream, "batchnorm": self.batchnorm, "twin": self._step_twin()}
+            return perturb(self.attack, x, y, loss=loss, **options)
 
     def _fresh_twin(self) -> FoldedTwin | None:
         """Return the twin with the model's present weights; it is built when it is first needed."""
@@ -144,20 +278,76 @@ class Method(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What ``DistributedDataParallel`` leaves alone: the local buffers of this method and of those inside it."""
+        """Names that ``DistributedDataParallel`` ignores: local buffers of this method and of the ones inside it."""
         methods = [(prefix, m) for prefix, m in self.named_modules() if isinstance(m, Method)]
         return [f"{prefix}.{name}".lstrip(".") for prefix, m in methods for name in m._local_buffers]
 
     def epoch_end(self) -> None:
-        """Turn what was remembered during an epoch into what the next one needs; nothing by default."""
+        """Turn the memory of one epoch into what the next one needs, and raise if a batch could not be right.
+
+        Overriding methods call it too. Under several processes each calls it.
+        """
+        self.check()
+
+    def memory(self) -> dict[str, Any]:
+        """Return the part of the state dict that is not the model's: what a checkpoint keeps beside the model."""
+        inside = {id(module) for module in self.model.modules()}
+        named = self.named_modules(remove_duplicate=False)
+        prefixes = tuple(f"{name}." for name, module in named if id(module) in inside)
+        return {key: value for key, value in self.state_dict().items() if not key.startswith(prefixes)}
+
+    def load_memory(self, memory: dict[str, Any]) -> None:
+        """Go on from the memory of another method of this kind; the model stays as it is.
+
+        Raises:
+            ValueError: It has other entries or shapes; nothing was loaded then.
+        """
+        own = self.memory()
+        missing, unknown = sorted(own.keys() - memory.keys()), sorted(memory.keys() - own.keys())
+        both = own.keys() & memory.keys()
+        shapes = sorted(key for key in both if _shape(own[key]) != _shape(memory[key]))
+        if missing or unknown or shapes:
+            differing = f"missing {missing}, unknown {unknown}, of other shapes {shapes}"
+            raise ValueError(f"this method remembers other things: {differing}")
+        self.load_state_dict(memory, strict=False)
+
+    def streams(self) -> dict[str, RandomStream]:
+        """Return every random stream of this method and of the modules inside it, by name."""
+        return {
+            f"{prefix}.{name}".lstrip("."): value
+            for prefix, module in self.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, RandomStream)
+        }
 
     def get_extra_state(self) -> dict:
-        """Return the stream of random starts, for the state dict."""
-        return self.stream.state_dict()
+        """Return the positions of this method's own random streams, for the state dict."""
+        return {name: value.state_dict() for name, value in vars(self).items() if isinstance(value, RandomStream)}
 
     def set_extra_state(self, state: dict) -> None:
-        """Go on with a stream of random starts from a state dict."""
-        self.stream.load_state_dict(state)
+        """Go on with the random streams of a state dict.
+
+        Raises:
+            ValueError: It has other streams.
+        """
+        own = {name: value for name, value in vars(self).items() if isinstance(value, RandomStream)}
+        if own.keys() != state.keys():
+            raise ValueError(f"{type(self).__name__} has the streams {sorted(own)}, the state dict {sorted(state)}")
+        for name, stream in own.items():
+            stream.load_state_dict(state[name])
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _check_raw(model: nn.Module) -> nn.Module:
+    if isinstance(check_model(model), DistributedDataParallel):
+        raise ValueError(
+            "give the method the raw model and wrap the method: DistributedDataParallel(PGDAT(model)); attacks must "
+            "not meet the wrapper"
+        )
+    return model
 
 
 def check_takes_loss(attack: Attack, method: str) -> Attack:
@@ -173,42 +363,3 @@ def check_takes_loss(attack: Attack, method: str) -> Attack:
             "attacks.NFGSM"
         )
     return attack
-
-
-_METHODS: dict[str, tuple[Callable[..., Method], str]] = {}
-
-
-def register(name: str, description: str) -> Callable:
-    """Give a method (a class or a function that makes one) its name on the command line."""
-
-    def decorate(factory: Callable[..., Method]) -> Callable[..., Method]:
-        _METHODS[name] = (factory, description)
-        return factory
-
-    return decorate
-
-
-def list_methods() -> dict[str, str]:
-    """Return every method's name with a one-line description."""
-    return {name: description for name, (_, description) in sorted(_METHODS.items())}
-
-
-def create_method(name: str, model: nn.Module, *, offered: dict | None = None, **options) -> Method:
-    """Build a method by name.
-
-    Args:
-        name: From ``list_methods()``.
-        model: Classifier of images in [0, 1] that returns logits (B, K).
-        offered: Values that are used where the method takes an option of that name and none was given; the others
-            are left out (a run offers ``eps``, ``seed`` and ``class_counts`` to every method).
-        **options: The method's own, such as ``eps=8/255, alpha=2/255, steps=10``.
-
-    Raises:
-        ValueError: Unknown name or option; the nearest ones are named.
-    """
-    factory = _METHODS[check_name("method", name, _METHODS)][0]
-    known = [p for p in inspect.signature(factory).parameters if p != "model"]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of method {name!r}", option, known)
-    return factory(model, **{key: value for key, value in (offered or {}).items() if key in known} | options)

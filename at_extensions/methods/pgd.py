@@ -6,7 +6,8 @@ from torch import nn
 from torchattacks.attack import Attack
 
 from at_extensions.attacks import PGD
-from at_extensions.methods.method import Method, register
+from at_extensions.methods.method import Method
+from at_extensions.methods.registry import register
 
 
 @register("pgd", "PGD-AT (Madry et al. 2018): cross-entropy on PGD adversarial examples")

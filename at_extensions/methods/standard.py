@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from at_extensions.methods.method import Method, register
+from at_extensions.methods.method import Method
+from at_extensions.methods.registry import register
 
 
 @register("standard", "clean training: cross-entropy on the images as they are")

@@ -1,6 +1,6 @@
 """RobustBench-format results, reports, submissions that RobustBench can load, and a leaderboard."""
 
-from at_extensions.publishing.criticality import analyze_criticality, read_criticality, write_criticality
+from at_extensions.publishing.criticality import read_criticality, write_criticality
 from at_extensions.publishing.leaderboard import leaderboard
 from at_extensions.publishing.model_info import Paper, check_model_info, eps_fraction, model_info, write_model_info
 from at_extensions.publishing.report import write_report
@@ -14,7 +14,6 @@ __all__ = [
     "Paper",
     "Published",
     "Verification",
-    "analyze_criticality",
     "check_model_info",
     "eps_fraction",
     "leaderboard",

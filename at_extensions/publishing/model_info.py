@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from at_extensions.checks import check_eps, check_norm, parse_fraction
+from at_extensions.settings import Paper
 
 _ACCURACY = re.compile(r"\d{1,3}\.\d{2}")
 _REQUIRED: dict[str, type] = {
@@ -27,42 +27,6 @@ _REQUIRED: dict[str, type] = {
     "autoattack_acc": str,
 }
 _OPTIONAL: dict[str, type] = {"footnote": str, "unreliable": bool, "external": str}
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What a leaderboard says about a result beside its numbers.
-
-    Args:
-        title: Title of the paper.
-        authors: Authors, separated by commas.
-        link: Address of the paper.
-        venue: Where it appeared, such as ``"ICML 2023"`` or ``"arXiv, Feb 2023"``; empty if nowhere yet.
-        reported: Robust accuracy that the paper itself reports, in [0, 1]; None if it reports none.
-        additional_data: Whether images beyond the training set were used. Images from a generator that was trained
-            on the training set alone do not count; say so in ``footnote``.
-        footnote: A remark shown under the table.
-        code: Address of checkpoint and code; a submission asks for it.
-    """
-
-    title: str
-    authors: str
-    link: str
-    venue: str = ""
-    reported: float | None = None
-    additional_data: bool = False
-    footnote: str = ""
-    code: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("title", "authors", "link"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"the paper's {name} must be a non-empty string, got {value!r}")
-        if not isinstance(self.additional_data, bool):
-            raise TypeError(f"additional_data must be true or false, got {self.additional_data!r}")
-        if self.reported is not None:
-            percent(self.reported, "reported")
 
 
 def percent(fraction: float, name: str = "accuracy") -> str:

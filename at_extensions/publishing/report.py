@@ -130,7 +130,8 @@ def _commands(pages: Sequence[_Run]) -> list[str]:
         trained = train_command(page.config, page.label)
         lines.append(trained or f"# {page.label}: config.yaml does not say how it was trained")
         if page.evaluation is not None:
-            lines.append(evaluate_command(page.evaluation, page.label))
+            trained_on = (page.config.get("data") or {}).get("name")
+            lines.append(evaluate_command(page.evaluation, page.label, trained_on))
     return lines
 
 

@@ -1,6 +1,6 @@
 """The one training loop, and the optimisers and schedules it is usually given."""
 
-from at_extensions.training.presets import list_presets, preset
+from at_extensions.presets import list_presets, preset
 from at_extensions.training.schedule import OPTIMIZERS, SCHEDULES, create_optimizer, create_scheduler
 from at_extensions.training.trainer import History, Trainer
 

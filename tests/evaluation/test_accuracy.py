@@ -82,13 +82,13 @@ def test_bad_input(net, make_images):
     y = torch.zeros(6, dtype=torch.long)
     with pytest.raises(TypeError, match="labels"):
         accuracy(model, x)
-    with pytest.raises(ValueError, match="no class numbers"):
+    with pytest.raises(ValueError, match="not class numbers"):
         accuracy(model, x, y + 4)
     with pytest.raises(ValueError, match="no samples"):
         accuracy(model, [])
     with pytest.raises(ValueError, match=r"labels of shape \(6, 4\)"):
         accuracy(model, [(x, torch.zeros(6, 4))])
-    with pytest.raises(TypeError, match="batches bring their own"):
+    with pytest.raises(TypeError, match="batches have their own"):
         accuracy(model, iter([(x, y)]), y)
     with pytest.raises(TypeError, match="got int"):
         accuracy(model, 3)

@@ -247,7 +247,7 @@ def test_rand_is_for_randomized_models(linear, make_images, label, small_suite):
 
 
 def test_only_examples_that_fool_the_model_within_reach_count(linear, make_images, label, monkeypatch):
-    from at_extensions.evaluation import autoattack
+    from at_extensions.evaluation import sequence
 
     model, x = linear(4), make_images(12)
     y = label(model, x)
@@ -264,7 +264,7 @@ def test_only_examples_that_fool_the_model_within_reach_count(linear, make_image
             outside[:, :, 0, 0] = 1.5
             return torch.cat([far[:4], outside[4:8], images[8:]])
 
-    monkeypatch.setattr(autoattack, "by_name", lambda *_: {"apgd-ce": Cheat()})
+    monkeypatch.setattr(sequence, "by_name", lambda *_: {"apgd-ce": Cheat()})
     report = evaluate(model, x, y, eps=0.01, version="custom", attacks=["apgd-ce"])
     assert report.robust_accuracy == 1
     report = evaluate(model, x, y, eps=0.5, version="custom", attacks=["apgd-ce"])

@@ -54,6 +54,7 @@ def test_attack_and_step_leave_everything_as_it_was(small_net, batch, untouched,
     method = make(net)
     with untouched(net):
         method.perturb(images, labels)
+        method.inspect(images, labels)
     with untouched(net, but=("buffers", "torch's random state")), no_host_sync():
         method(images, labels)
 

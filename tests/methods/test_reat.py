@@ -214,9 +214,9 @@ def test_the_attack_maximises_the_loss_of_its_weighting(small_net, batch):
     method = make(net)
     w = method.class_weights
     each = [w[y] * F.cross_entropy(z, y) for z, y in zip(logits, labels)]
-    torch.testing.assert_close(method._attack_loss(labels)(logits), sum(each) / sum(w[y] for y in labels))
+    torch.testing.assert_close(method.attack_loss(None, labels)(logits), sum(each) / sum(w[y] for y in labels))
     torch.testing.assert_close(
-        make(net, attack_weighting="logit")._attack_loss(labels)(logits), F.cross_entropy(logits + w.log(), labels)
+        make(net, attack_weighting="logit").attack_loss(None, labels)(logits), F.cross_entropy(logits + w.log(), labels)
     )
 
 
@@ -305,10 +305,11 @@ def test_compiled_it_takes_the_same_steps_across_epochs(small_net, batch, twin):
 
 @pytest.mark.parametrize("weighting", ["loss", "logit"])
 @pytest.mark.parametrize("variant", ["released", "pairwise"])
-def test_a_step_never_waits_for_the_device(small_net, batch, no_host_sync, weighting, variant, monkeypatch):
+def test_no_step_after_the_first_reads_the_device(small_net, batch, no_host_sync, weighting, variant, monkeypatch):
     monkeypatch.setattr(torch, "bincount", None)  # on a GPU it reads its largest value on the host
     method = make(small_net(16, num_classes=4), attack_weighting=weighting, variant=variant)
     images, labels = batch(17, num_classes=4)
+    method.inspect(images, labels)
     with no_host_sync():
         method(images, labels).loss.backward()
 

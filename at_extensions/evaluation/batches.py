@@ -1,29 +1,28 @@
-"""Runs attacks over globally numbered batches of the samples that still stand."""
+"""Clean accuracy and attacks over globally numbered batches: resumable, and shared by any number of processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from at_extensions.checks import check_labels, check_logits
-from at_extensions.evaluation.flags import Warnings
+from at_extensions.evaluation.flags import Flag, Predict, Warnings
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.state import Batch, Store
-from at_extensions.evaluation.suite import aimed
+from at_extensions.evaluation.suite import GRADIENT_FREE, aimed
 from at_extensions.evaluation.verification import fooled
 from at_extensions.processes import Ranks
-
-Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
 class Clean:
-    """What the model says of the samples as they are.
+    """The model's predictions for the unperturbed samples.
 
     Attributes:
         labels: (N,).
@@ -39,22 +38,22 @@ class Clean:
 
     @property
     def correct(self) -> Tensor:
-        """Which samples are classified rightly (N,)."""
+        """Which samples are classified correctly (N,)."""
         return self.predictions == self.labels
 
 
 @dataclass(eq=False)
 class Verdicts:
-    """What is left after the attacks.
+    """Which samples are robust against every attack so far.
 
     Attributes:
-        robust: Samples that still stand (N,).
+        robust: Samples without an adversarial example (N,).
         predictions: Classes predicted for the adversarial examples, where there are some, or for the images (N,).
-        after_attack: Attack -> share of all samples that stand after it, in order.
+        after_attack: Attack -> robust accuracy after it, in order.
         seconds: Attack -> time it took, summed over its batches.
-        zero_gradients: Samples at which some attack met a gradient of zero, as the worst attack had it.
-        contradicted: Samples that the model, asked again, did not classify rightly any more, at worst.
-        adversarial: (row, adversarial image) of the first samples that fell, or of all.
+        zero_gradients: Samples at which an attack met a gradient of zero; the largest count of any attack.
+        contradicted: Robust samples that the model misclassified when evaluated again; the largest count of any attack.
+        adversarial: (row, adversarial image) of the first samples that were fooled, or of all.
     """
 
     robust: Tensor
@@ -67,10 +66,16 @@ class Verdicts:
 
 
 class Listener:
-    """Hears how a run goes on; this one does nothing."""
+    """Is told about the progress of an evaluation; every method of this class does nothing."""
+
+    def classified(self, clean: Clean) -> None:
+        """The clean pass is over on every process."""
+
+    def flagged(self, flags: Sequence[Flag]) -> None:
+        """Checks raised these flags; called before the attacks and after them."""
 
     def started(self, attack: str, share: int, done: int) -> None:
-        """``attack`` starts: this process has ``share`` batches before it, ``done`` are finished already."""
+        """``attack`` starts: ``share`` batches for this process, ``done`` batches finished in an earlier run."""
 
     def finished_batch(self, attack: str, batch: Batch) -> None:
         """This process has finished a batch."""
@@ -80,7 +85,7 @@ class Listener:
 
 
 def clean_pass(model: Predict, samples: Samples, batch_size: int, device: torch.device, ranks: Ranks) -> Clean:
-    """Classify every sample as it is; each process takes its share of the batches.
+    """Classify every unperturbed sample; each process takes its share of the batches.
 
     Raises:
         ValueError: Logits that are not (B, K) or not finite, labels out of range.
@@ -109,62 +114,56 @@ def clean_pass(model: Predict, samples: Samples, batch_size: int, device: torch.
     return Clean(labels, predictions, num_classes, seconds)
 
 
-class Driver:
-    """Runs attack objects one after the other, each on what the ones before it left standing.
+@dataclass(frozen=True, eq=False)
+class BatchedAttacks:
+    """Runs attack objects one after the other, each on the samples that are robust against those before it.
 
-    Before each attack the standing samples are cut into numbered batches. A batch is a function of its samples and its
-    seed alone, so that finished batches can be kept, and the others dealt to any number of processes.
+    Before each attack the robust samples are cut into numbered batches. A batch is a function of its samples and its
+    seed alone, so that finished batches can be stored, and the others dealt to any number of processes.
 
-    Args:
+    Attributes:
         model: The model as given; it alone decides what counts.
-        samples: What is attacked.
+        search: The model that attacks search on; may be ``model`` itself.
+        samples: The attacked samples.
         suite: Attack objects by name, in the order they run.
         norm: Threat model.
         eps: Its radius.
-        seed_of: Seed of the batch with this number.
+        seed_of: Number of a batch -> its seed.
         batch_size: Samples a batch.
         device: Where the model is.
-        search: The model that attacks look for adversarial examples with; the model itself if None.
+        low_precision: Whether ``search`` computes in less than float32.
         store: Where finished batches are kept.
         ranks: The processes that share the work.
-        keep: How many adversarial examples to hand out; all if None.
-        listener: Hears how it goes on.
+        keep: How many adversarial examples to return; all if None.
+        listener: Is told about the progress.
     """
 
-    def __init__(
-        self,
-        model: Predict,
-        samples: Samples,
-        suite: Mapping[str, Any],
-        norm: str,
-        eps: float,
-        *,
-        seed_of: Callable[[int], int],
-        batch_size: int,
-        device: torch.device,
-        search: Predict | None = None,
-        store: Store | None = None,
-        ranks: Ranks | None = None,
-        keep: int | None = None,
-        listener: Listener | None = None,
-    ):
-        self.model, self.samples, self.suite, self.norm, self.eps = model, samples, suite, norm, eps
-        self.seed_of, self.batch_size, self.device = seed_of, batch_size, device
-        self.search = model if search is None else search
-        self.store, self.ranks, self.listener = store or Store(None), ranks or Ranks(), listener or Listener()
-        self.keep = keep
+    model: Predict
+    search: Predict
+    samples: Samples
+    suite: Mapping[str, Any]
+    norm: str
+    eps: float
+    seed_of: Callable[[int], int]
+    batch_size: int
+    device: torch.device
+    low_precision: bool
+    store: Store
+    ranks: Ranks
+    keep: int | None
+    listener: Listener
 
     def run(self, clean: Clean) -> Verdicts:
-        """Run every attack and return what is left."""
+        """Run every attack and return the verdicts."""
         verdicts = Verdicts(clean.correct.clone(), clean.predictions.clone())
         for attack in self.suite:
             kept = None if self.keep is None else self.keep - len(verdicts.adversarial)
             batches = self._run_attack(attack, verdicts.robust.nonzero().flatten(), kept)
             for batch in batches:
-                fallen = batch.rows[batch.broken]
-                verdicts.robust[fallen] = False
-                verdicts.predictions[fallen] = batch.predictions[batch.broken]
-                verdicts.adversarial += zip(fallen.tolist(), batch.adversarial)
+                broken = batch.rows[batch.broken]
+                verdicts.robust[broken] = False
+                verdicts.predictions[broken] = batch.predictions[batch.broken]
+                verdicts.adversarial += zip(broken.tolist(), batch.adversarial)
             verdicts.after_attack[attack] = verdicts.robust.double().mean().item()
             verdicts.seconds[attack] = sum(batch.seconds for batch in batches)
             for count in ("zero_gradients", "contradicted"):
@@ -176,7 +175,7 @@ class Driver:
     def _run_attack(self, attack: str, rows: Tensor, keep: int | None) -> list[Batch]:
         chunks = [] if len(rows) == 0 else list(rows.split(self.batch_size))
         batches: dict[int, Batch] = {}
-        for theirs in self.ranks.together(lambda: self._finished(attack, chunks, keep)):  # folders may be a node's own
+        for theirs in self.ranks.together(lambda: self._stored(attack, chunks, keep)):  # each node may have a folder
             batches.update(theirs)
         pending = [number for number in range(len(chunks)) if number not in batches]
         share = pending[self.ranks.rank :: self.ranks.world]
@@ -197,7 +196,7 @@ class Driver:
             batches.update(theirs)
         return _first_examples([batches[number] for number in range(len(chunks))], keep)
 
-    def _finished(self, attack: str, chunks: list[Tensor], keep: int | None) -> dict[int, Batch]:
+    def _stored(self, attack: str, chunks: list[Tensor], keep: int | None) -> dict[int, Batch]:
         found = (self.store.load(attack, number, rows) for number, rows in enumerate(chunks))
         batches = _first_examples([batch for batch in found if batch is not None], keep)
         return {batch.number: batch for batch in batches}
@@ -208,29 +207,50 @@ class Driver:
         torch.manual_seed(self.seed_of(number))  # for models that draw random numbers themselves
         x_adv = self._perturb(attack, self.search, number, x, y, warnings)
         broken, predictions = fooled(self.model, x, y, x_adv, self.norm, self.eps)
-        if self.search is not self.model:
-            # what fools the fast model alone, and what it finds wrong as it is, was not searched to the end
-            again = ((x_adv != x).flatten(1).any(1) | (self.search(x).argmax(1) != y)) & ~broken
-            if again.any():
-                x_adv[again] = self._perturb(attack, self.model, number, x[again], y[again], warnings)
-                broken[again], predictions[again] = fooled(
-                    self.model, x[again], y[again], x_adv[again], self.norm, self.eps
-                )
+        again = self._incomplete(attack, x, y, x_adv, broken)
+        if again.any():
+            x_adv[again] = self._perturb(attack, self.model, number, x[again], y[again], warnings)
+            broken[again], predictions[again] = fooled(
+                self.model, x[again], y[again], x_adv[again], self.norm, self.eps
+            )
         return Batch(
             number=number,
             rows=rows,
             broken=broken.cpu(),
-            predictions=torch.where(broken, predictions, y).cpu(),  # what still stands was and is classified rightly
+            predictions=torch.where(broken, predictions, y).cpu(),  # robust images were and are classified correctly
             adversarial=x_adv[broken].cpu(),
             seconds=time.perf_counter() - start,
             zero_gradients=warnings.zero_gradients,
             contradicted=int((self.model(x).argmax(1) != y).sum()),
         )
 
+    def _incomplete(self, attack: str, x: Tensor, y: Tensor, x_adv: Tensor, broken: Tensor) -> Tensor:
+        """Which images have to be attacked on the model itself (B,), because the search model decided about them.
+
+        These are the images that the search model alone misclassifies, perturbed or not, and those whose gradient
+        vanishes in low precision but not in float32.
+        """
+        if self.search is self.model:
+            return torch.zeros_like(broken)
+        again = (x_adv != x).flatten(1).any(1) | (self.search(x).argmax(1) != y)
+        if self.low_precision and attack not in GRADIENT_FREE:
+            vanishes = _vanishing_gradients(self.search, x, y)
+            if vanishes.any():
+                again |= vanishes & ~_vanishing_gradients(self.model, x, y)
+        return again & ~broken
+
     def _perturb(self, attack: str, predict: Predict, number: int, x: Tensor, y: Tensor, warnings: Warnings) -> Tensor:
         seed = self.seed_of(number)
         attacker = aimed(self.suite[attack], predict, seed=seed, device=self.device, logger=warnings)
         return attacker.perturb(x.clone(), y.clone()).detach()
+
+
+def _vanishing_gradients(model: Predict, x: Tensor, y: Tensor) -> Tensor:
+    """Whether the input gradient of cross-entropy is zero at each image (B,)."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(model(x), y, reduction="sum"), x)
+    return (gradient == 0).flatten(1).all(1)
 
 
 def _first_examples(batches: list[Batch], keep: int | None) -> list[Batch]:

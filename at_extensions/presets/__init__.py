@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from at_extensions.checks import check_name
+from at_extensions.settings import read_settings
 
 _FOLDER = Path(__file__).parent
 
@@ -26,13 +24,6 @@ def preset(name: str) -> dict[str, Any]:
     Example:
         >>> train("runs/deat", **preset("deat") | {"data": "npz:cifar10.npz"})
     """
-    return yaml.safe_load(preset_path(name).read_text(encoding="utf-8"))
+    from at_extensions.checks import check_name
 
-
-def preset_path(name: str) -> Path:
-    """Return the file of a preset: a configuration of ``at-extensions train``.
-
-    Raises:
-        ValueError: Unknown name.
-    """
-    return _FOLDER / f"{check_name('preset', name, list_presets())}.yaml"
+    return read_settings(_FOLDER / f"{check_name('preset', name, list_presets())}.yaml")

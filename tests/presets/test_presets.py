@@ -6,8 +6,8 @@ import pytest
 
 from at_extensions.cli import main
 from at_extensions.commands.train import train
+from at_extensions.presets import list_presets, preset
 from at_extensions.runs import RunDirectory
-from at_extensions.training import list_presets, preset
 
 
 @pytest.mark.parametrize("name", list_presets())
