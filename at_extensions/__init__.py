@@ -39,6 +39,7 @@ _ROOMS = (
     "evaluation",
     "experiments",
     "folding",
+    "intervals",
     "memory",
     "methods",
     "models",

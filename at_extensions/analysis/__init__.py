@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Measurements of a given model, of a training gradient, and of an optimiser's diffusion."""
-=======
-"""Measurements of a given model (layer criticality, gradient noise) and of an optimiser's diffusion."""
->>>>>>> main
 
 from at_extensions.analysis import diffusion
 from at_extensions.analysis.criticality import LayerCriticality, layer_criticality
@@ -13,7 +9,6 @@ from at_extensions.analysis.overfitting import (
     LabelAgreement,
     RobustOverfitting,
     label_agreement,
-    paired_gap,
     robust_overfitting,
 )
 
@@ -31,6 +26,5 @@ __all__ = [
     "layer_criticality",
     "local_dispersion",
     "matched_lr",
-    "paired_gap",
     "robust_overfitting",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from at_extensions.checks import check_count, check_number
+from at_extensions.intervals import paired_bootstrap
 
 KEY = "val_robust_accuracy"
 """The metric of a run that robust overfitting is read off."""
@@ -109,7 +110,8 @@ def robust_overfitting(
     onset = _onset(_running_mean(values, smoothing), margin) if rise is None or rise >= 0 else None
     gap, interval = best - last, None
     if verdicts is not None:
-        gap, interval = paired_gap(*verdicts, seed=seed)
+        difference = paired_bootstrap(*verdicts, seed=seed)
+        gap, interval = difference.mean, difference.interval
     elif n_images:
         half = 1.959964 * _standard_error(best, last, check_count("n_images", n_images))
         interval = (gap - half, gap + half)
@@ -124,31 +126,6 @@ def robust_overfitting(
         train_rise=rise,
         advice=_advice(None if onset is None else epochs[onset], epochs[best_at], gap, rise, interval),
     )
-
-
-def paired_gap(best: Tensor, last: Tensor, *, draws: int = 10_000, seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Return the difference of two robust accuracies on the same images with its 95 % paired-bootstrap interval.
-
-    Args:
-        best: Which images the one model is robust on (N,).
-        last: Which of the same images the other is robust on (N,).
-        draws: Bootstrap samples.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: Not of the same images.
-    """
-    if best.shape != last.shape or best.ndim != 1 or len(best) == 0:
-        raise ValueError(f"verdicts must be of the same images (N,), got {tuple(best.shape)} and {tuple(last.shape)}")
-    n = len(best)
-    only_best, only_last = int((best.bool() & ~last.bool()).sum()), int((~best.bool() & last.bool()).sum())
-    # resampling n images with replacement draws the three kinds of image multinomially
-    import numpy as np
-
-    shares = np.array([only_best, only_last, n - only_best - only_last]) / n
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=draws)
-    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, (0.025, 0.975))
-    return (only_best - only_last) / n, (float(low), float(high))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

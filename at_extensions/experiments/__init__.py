@@ -1,10 +1,10 @@
 """Procedures that train models to learn something."""
 
 from at_extensions.experiments.demo import demo
-from at_extensions.experiments.intervals import PairedDifference, paired_bootstrap, paired_interval, wilson_interval
 from at_extensions.experiments.robust_accuracy import RobustAccuracy
 from at_extensions.experiments.study import Arm, Cell, Study, StudyProgress, run_study
 from at_extensions.experiments.summary import StudySummary, summarise
+from at_extensions.intervals import PairedDifference, paired_bootstrap, paired_interval, wilson_interval
 
 __all__ = [
     "Arm",

@@ -10,7 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from at_extensions.experiments.intervals import PairedDifference, paired_interval
+from at_extensions.intervals import PairedDifference, paired_interval
 from at_extensions.publishing import figures, sweep_plots
 from at_extensions.publishing.sweeps import (
     RankCorrelation,
