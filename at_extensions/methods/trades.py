@@ -35,7 +35,8 @@ class TRADES(Method):
         eps: Linf radius in (0, 1].
         alpha: Step size of the attack.
         steps: Steps of the attack.
-        start: ``"gaussian"`` as in the paper, ``"uniform"`` or ``"zero"``, as in ``attacks.PGD``.
+        start: ``"gaussian"`` as in the paper, or ``"uniform"``, as in ``attacks.PGD``. At the image itself the KL term has
+            its minimum and no gradient, so an attack needs a random start.
         attack: Instead an attack on ``model`` that takes a loss, or ``torchattacks.TPGD``, which has this one; eps,
             alpha, steps and start are then unused.
         batchnorm: ``"eval"`` or ``"train"`` during the attack, as in ``Method``.
@@ -43,7 +44,8 @@ class TRADES(Method):
         seed: Of the stream of random starts.
 
     Raises:
-        ValueError: A number out of range, an attack on another model, or one that maximises another loss.
+        ValueError: A number out of range, an attack on another model, one that maximises another loss, or one without a
+            random start.
     """
 
     def __init__(
@@ -62,14 +64,19 @@ class TRADES(Method):
         seed: int = 0,
     ):
         attack = PGD(model, eps, alpha, steps, start) if attack is None else attack
-        self_made = isinstance(attack, torchattacks.TPGD)
+        own_loss = isinstance(attack, torchattacks.TPGD)
         super().__init__(
             model,
-            attack if self_made else check_takes_loss(attack, "TRADES"),
+            attack if own_loss else check_takes_loss(attack, "TRADES"),
             batchnorm=batchnorm,
             twin=twin,
             seed=seed,
         )
+        if getattr(attack, "random_start", None) is False:
+            raise ValueError(
+                "the KL term of TRADES has no gradient at the image itself, so an attack from there follows rounding "
+                'errors; use start="gaussian" or "uniform"'
+            )
         self.beta = check_number("beta", beta, at_least=0)
         self.joint = bool(joint)
 
