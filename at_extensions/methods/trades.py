@@ -35,7 +35,7 @@ class TRADES(Method):
         eps: Linf radius in (0, 1].
         alpha: Step size of the attack.
         steps: Steps of the attack.
-        start: ``"gaussian"`` as in the paper, or ``"uniform"``, as in ``attacks.PGD``. At the image itself the KL term has
+        start: ``"gaussian"`` as in the paper, or ``"uniform"``, as in ``attacks.PGD``. At the image itself KL has
             its minimum and no gradient, so an attack needs a random start.
         attack: Instead an attack on ``model`` that takes a loss, or ``torchattacks.TPGD``, which has this one; eps,
             alpha, steps and start are then unused.
