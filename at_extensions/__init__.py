@@ -35,9 +35,11 @@ _ROOMS = (
     "attacks",
     "checks",
     "commands",
+    "configuration",
     "data",
     "evaluation",
     "experiments",
+    "factories",
     "folding",
     "intervals",
     "memory",
@@ -47,11 +49,13 @@ _ROOMS = (
     "optim",
     "presets",
     "processes",
+    "progress",
     "publishing",
     "runs",
     "settings",
     "training",
     "untouched",
+    "weights",
 )
 
 __all__ = ["__version__", "upstream", *_HOME, *_ROOMS]

@@ -319,23 +319,6 @@ def check_device(device: str | torch.device) -> torch.device:
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def check_fits(model: nn.Module, image: Tensor, name: str) -> nn.Module:
-    """Return ``model`` if it takes images like ``image`` (C, H, W); ``name`` names the data in the error.
-
-    Raises:
-        ValueError: It fails on them, or returns no logits.
-    """
-    from at_extensions.untouched import attacking
-
-    try:
-        with attacking(model), torch.no_grad():
-            check_logits(model(image[None].to(device_of(model))), 1)
-    except (RuntimeError, AssertionError) as error:
-        shape = " x ".join(str(side) for side in image.shape)
-        raise ValueError(f"the model does not take images of {shape} from {name}: {_first_line(error)}") from error
-    return model
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

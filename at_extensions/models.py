@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from at_extensions.checks import check_count, check_model, check_name, device_of, unknown_name
+from at_extensions.checks import check_count, check_logits, check_model, check_name, device_of, unknown_name
 from at_extensions.runs import read_recipe
+from at_extensions.untouched import attacking
 from at_extensions.weights import load_weights
 
 _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
@@ -345,6 +346,25 @@ def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if len(caught) != 1 or caught[0][1].shape[0] != len(x) or caught[0][1].numel() != logits.numel():
         raise ValueError(f"{type(model).__name__}: the last linear layer does not make the logits")
     return logits, caught[0][0].flatten(1)
+
+
+def check_fits(model: nn.Module, image: Tensor, data: str) -> nn.Module:
+    """Return ``model`` if it takes images like ``image`` (C, H, W) in [0, 1]; ``data`` names their source in the error.
+
+    Raises:
+        ValueError: The model fails on such images, or its logits are not (B, K).
+    """
+    channels = (getattr(model, "recipe", None) or {}).get("in_chans", len(image))
+    shape = " x ".join(str(side) for side in image.shape)
+    if channels != len(image):  # normalisation would broadcast a single channel
+        raise ValueError(f"the model does not take images of {shape} from {data}: it is made for {channels} channels")
+    try:
+        with attacking(model), torch.no_grad():
+            check_logits(model(image[None].to(device_of(model))), 1)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model does not take images of {shape} from {data}: {reason}") from error
+    return model
 
 
 def check_known(name: str) -> str:

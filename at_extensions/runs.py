@@ -40,6 +40,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+@contextlib.contextmanager
+def _naming(path: str | Path, failure: type[Exception]) -> Iterator[None]:
+    """Raise the writer's own kind of error as an OSError that names the file."""
+    try:
+        yield
+    except (failure, OSError) as error:
+        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from error
+
+
 def check_writable(folder: str | Path) -> Path:
     """Return ``folder``, made if it is missing, if files can be written into it.
 
@@ -78,11 +87,12 @@ def write_json(path: str | Path, data: dict | list) -> Path:
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write tensors as safetensors, atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # safetensors refuses views that share memory and strided layouts such as channels_last
     owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, _naming(path, SafetensorError):
         save_file(owned, temporary, metadata=metadata)
     return Path(path)
 
@@ -222,7 +232,7 @@ class RunDirectory:
 
     def save_state(self, state: dict) -> None:
         """Write the whole training state (tensors, numbers, strings and their containers), atomically."""
-        with atomic(self.state_path()) as temporary:
+        with atomic(self.state_path()) as temporary, _naming(self.state_path(), RuntimeError):
             torch.save(state, temporary)
 
     def load_state(self) -> dict | None:

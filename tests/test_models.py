@@ -188,6 +188,14 @@ def test_names_are_checked_without_building():
         models.check_known("wide_resnet_11_2")
 
 
+def test_a_model_that_fits_the_images_is_returned_unchanged(untouched):
+    model, image = create_model("small_cnn", 3, width=2).train(), images(1, size=8)[0]
+    with untouched(model):
+        assert models.check_fits(model, image, "digits") is model
+    with untouched(model), pytest.raises(ValueError, match="does not take images of 2 x 8 x 8 from digits: "):
+        models.check_fits(model, image[:2], "digits")
+
+
 def test_names_are_listed_by_pattern():
     listed = list_models()
     assert listed[0] == "small_cnn"

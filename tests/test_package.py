@@ -5,9 +5,11 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import at_extensions
 
@@ -81,6 +83,28 @@ def test_every_file_opens_with_one_line_that_says_what_is_in_it(file):
     docstring = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))
     assert docstring
     assert docstring.splitlines()[0].endswith((".", ":"))
+
+
+NOT_IMPORTED = {"setuptools", "huggingface_hub", "pyautoattack"}  # pins for dependencies; attacks, imported by name
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit_learn"}
+
+
+def third_party(file):
+    """Return the top-level packages that a file imports, at its top or inside a function, less the standard library."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {"at_extensions", "autoattack"}  # the package serves autoattack
+
+
+def test_dependencies_are_the_imported_packages():
+    imported = {DISTRIBUTIONS.get(name, name) for file in FILES for name in third_party(file)}
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {Requirement(line).name.replace("-", "_") for line in project["dependencies"]}
+    assert imported | NOT_IMPORTED == declared
 
 
 BANNED = re.compile(r"\b(stand(s|ing)?(?! for)|lets? go|letting go|whoever|calm|what tells)\b", re.IGNORECASE)

@@ -18,6 +18,7 @@ from at_extensions.analysis._sweeping import Sweeper, batches
 from at_extensions.attacks import RandomStream, check_attack, perturb
 from at_extensions.checks import check_count, check_images, check_labels, check_model, check_name, check_number
 from at_extensions.models import fresh_like
+from at_extensions.progress import bar
 from at_extensions.untouched import untouched
 
 
@@ -75,7 +76,7 @@ def layer_criticality(
         max_trials: Largest number of trials of a layer with ``ci_width``.
         memory_limit: Bytes that may be held to save work, half for untrained weights (those of one network are always
             held) and half for activations. Layers whose inputs do not fit run the whole network.
-        progress: Show a bar where the error stream is a terminal.
+        progress: Show progress: a bar on a terminal, else lines.
 
     Returns:
         A ``LayerCriticality``.
@@ -145,16 +146,14 @@ def _measure(
     sweeper: Sweeper, layers: Sequence[Layer], resets: Resets, plan: _Plan, limit: int, progress: bool
 ) -> list[list[list[float]]]:
     """Return the mean divergence and the accuracy of each layer in each trial."""
-    from tqdm import tqdm
-
     rows: list[list[list[float]]] = [[] for _ in layers]
-    with tqdm(desc="criticality", unit="reset", total=0, disable=None if progress else True) as bar:
+    with bar(text="criticality", unit="resets", total=0, show=progress, every=60) as shown:
         while True:
             counts = [len(row) for row in rows]
             more = [plan.more([moved for moved, _ in row]) for row in rows]
             if not any(more):
                 return rows
-            bar.total += sum(more) * len(sweeper)
+            shown.total += sum(more) * len(sweeper)
             wanted = [range(n, n + extra) for n, extra in zip(counts, more)]
             for trials in _parts(wanted, [resets.bytes_of(layer) for layer in layers], limit):
                 drawn = {}
@@ -162,7 +161,7 @@ def _measure(
                     numbers = [i for i, asked in enumerate(wanted) if trial in asked]
                     new = resets.trial(trial, [layers[i] for i in numbers])
                     drawn |= {(i, trial): tensors for i, tensors in zip(numbers, new)}
-                for (i, _), row in sweeper.sweep(drawn, bar.update).items():
+                for (i, _), row in sweeper.sweep(drawn, shown.update).items():
                     rows[i].append(row)
 
 

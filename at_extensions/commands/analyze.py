@@ -8,8 +8,9 @@ from typing import Any
 
 from at_extensions.analysis import LayerCriticality, layer_criticality
 from at_extensions.attacks import PGD
-from at_extensions.checks import check_device, check_fits
+from at_extensions.checks import check_device
 from at_extensions.data import load_dataset
+from at_extensions.models import check_fits
 from at_extensions.named_models import open_model
 from at_extensions.processes import own_device
 from at_extensions.publishing import write_criticality

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from at_extensions.checks import check_device, check_fits
+from at_extensions.checks import check_device
 from at_extensions.data import is_long_tailed, load_dataset
 from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.report import RobustnessReport
-from at_extensions.models import load_model
+from at_extensions.models import check_fits, load_model
 from at_extensions.processes import is_main, own_device
 from at_extensions.publishing import write_report, write_run_info
 from at_extensions.runs import RunDirectory, check_writable

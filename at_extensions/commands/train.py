@@ -10,10 +10,9 @@ from torch import nn
 
 from at_extensions import processes
 from at_extensions.attacks import PGD
-from at_extensions.checks import check_fits
 from at_extensions.data import Splits, is_long_tailed, load_dataset, make_loader
 from at_extensions.methods import Method, create_method
-from at_extensions.models import create_model
+from at_extensions.models import check_fits, create_model
 from at_extensions.runs import RunDirectory, check_writable, versions
 from at_extensions.settings import TrainSettings
 from at_extensions.training.schedule import create_optimizer, create_scheduler

@@ -220,7 +220,7 @@ def run_study(
         arms: Only these arms; ablations may be among them.
         seeds: Instead of the study's own.
         local: ``data``, ``root`` and ``progress`` of ``train`` on this machine. They are not recorded, and results from
-            different places may stand side by side.
+            different places may be side by side.
         threads: CPU threads of this process; unchanged by default, and restored afterwards.
         command: The command that started this, for the record; ``{arm}`` and ``{seed}`` are filled in.
 

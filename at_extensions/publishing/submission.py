@@ -189,7 +189,10 @@ def _read(run: RunDirectory, paper: Paper, model_id: str, dataset: str | None, a
 def _dataset_of(config: Mapping[str, Any]) -> str:
     name = (config.get("data") or {}).get("name")
     if not name or ":" in name:
-        raise ValueError(f"the run's data are {name!r}; say which data set they are: dataset='cifar10' (--dataset)")
+        raise ValueError(
+            f"the run's data are {name!r}; name the data set by --dataset: cifar10, cifar100 or imagenet if it is one of "
+            "RobustBench's, else a plain name that is free to choose"
+        )
     return name
 
 

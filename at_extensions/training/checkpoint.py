@@ -10,6 +10,7 @@ from torch import nn
 
 from at_extensions import processes
 from at_extensions.runs import RunDirectory, atomic, save_weights
+from at_extensions.settings import differences
 from at_extensions.training.metrics import numbers
 
 
@@ -102,9 +103,9 @@ def _agree(run: RunDirectory, config: dict) -> None:
     before = run.config()
     if not run.state_path().exists() or not before:
         return
-    changed = sorted(k for k in before.keys() | config.keys() if before.get(k) != config.get(k) and k != "versions")
+    changed = differences(before, config)
     if changed:
         raise ValueError(
-            f"{run.path} holds a run with another configuration ({', '.join(changed)} differ); "
+            f"{run.path} holds a run with other settings ({'; '.join(changed)}); "
             "choose another directory, or repeat the old settings to resume it"
         )
