@@ -8,6 +8,9 @@ from torch.func import functional_call
 
 from at_extensions.checks import check_count, check_number
 from at_extensions.methods.method import Method, Step
+from at_extensions.methods.pgd import PGDAT
+from at_extensions.methods.registry import register
+from at_extensions.methods.trades import TRADES
 from at_extensions.methods.wrapping import Wrapping
 from at_extensions.processes import add_over_ranks, world_size
 
@@ -105,3 +108,36 @@ class _Objective(nn.Module):
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor | None) -> Step:
         return self.method.loss(x, x_adv, y, index)
+
+
+@register("awp", "PGD-AT at adversarially perturbed weights (AT-AWP, Wu et al. 2020)")
+def awp(
+    model: nn.Module,
+    *,
+    gamma: float = 0.01,
+    awp_warmup: int = 0,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    twin: bool | str = True,
+    seed: int = 0,
+) -> AWP:
+    """Build ``AWP(PGDAT(model))``."""
+    return AWP(PGDAT(model, eps=eps, alpha=alpha, steps=steps, twin=twin, seed=seed), gamma, awp_warmup)
+
+
+@register("trades_awp", "TRADES at adversarially perturbed weights (TRADES-AWP, Wu et al. 2020)")
+def trades_awp(
+    model: nn.Module,
+    *,
+    beta: float = 6.0,
+    gamma: float = 0.005,
+    awp_warmup: int = 10,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    twin: bool | str = True,
+    seed: int = 0,
+) -> AWP:
+    """Build ``AWP(TRADES(model))``."""
+    return AWP(TRADES(model, beta=beta, eps=eps, alpha=alpha, steps=steps, twin=twin, seed=seed), gamma, awp_warmup)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from at_extensions.attacks import Loss
 from at_extensions.checks import check_count, check_number
 from at_extensions.methods.method import Method, Step, check_takes_loss
+from at_extensions.methods.pgd import PGDAT
+from at_extensions.methods.registry import register
+from at_extensions.methods.trades import TRADES
 from at_extensions.methods.wrapping import Wrapping
 from at_extensions.processes import add_over_ranks, max_over_ranks, rank, world_size
 
@@ -45,7 +49,10 @@ class TemporalEnsembling(Wrapping):
         start: First epoch with the penalty, from 1.
         end: Epoch from which its weight is full; at least ``start``.
         epochs: Length of the run: where start or end is None, they are 0.45 and 0.75 of it (the paper: 90 and 150 of
-            200). ``start`` must come before the learning rate is first reduced.
+            200).
+        milestones: Epochs after which the learning rate is reduced, where they are known: where start or end is None,
+            they are then 0.9 of the first and the second of them (the paper's own 90 and 150 of 100 and 150), since
+            the penalty should set in before the first reduction.
         table_dtype: ``"float32"`` or ``"float16"``.
 
     Attributes:
@@ -70,13 +77,14 @@ class TemporalEnsembling(Wrapping):
         start: int | None = None,
         end: int | None = None,
         epochs: int | None = None,
+        milestones: Sequence[int] | None = None,
         table_dtype: str = "float32",
     ):
         super().__init__(base)
         check_takes_loss(base.attack, "TemporalEnsembling")
         self.momentum = check_number("momentum", momentum, at_least=0, below=1)
         self.weight = check_number("weight", weight, at_least=0)
-        self.start, self.end = _limits(start, end, epochs)
+        self.start, self.end = _limits(start, end, epochs, milestones)
         if table_dtype not in DTYPES:
             raise ValueError(f"table_dtype must be one of {', '.join(DTYPES)}, got {table_dtype!r}")
         self.epoch = 1
@@ -159,12 +167,17 @@ class TemporalEnsembling(Wrapping):
         self.epoch = int(state["epoch"])
 
 
-def _limits(start: int | None, end: int | None, epochs: int | None) -> tuple[int, int]:
+def _limits(
+    start: int | None, end: int | None, epochs: int | None, milestones: Sequence[int] | None
+) -> tuple[int, int]:
     """Return the first epoch with the penalty and the first with all of it."""
+    drops = sorted(check_count("milestones", m) for m in milestones or ())
     if epochs is not None:
         check_count("epochs", epochs)
-        start = max(1, round(0.45 * epochs)) if start is None else start
-        end = max(start, round(0.75 * epochs)) if end is None else end
+    if start is None and (drops or epochs):
+        start = max(1, round(0.9 * drops[0] if drops else 0.45 * epochs))
+    if end is None and (len(drops) > 1 or epochs):
+        end = max(start, drops[1] if len(drops) > 1 else round(0.75 * epochs))
     if start is None or end is None:
         raise ValueError("give start and end in epochs, or the run's length as epochs=")
     check_count("start", start)
@@ -177,3 +190,58 @@ def _penalty(logits: Tensor, average: Tensor) -> Tensor:
     """Return the mean over samples and classes of (softmax(logits) - zhat)^2, in float32 at least."""
     precise = torch.promote_types(logits.dtype, torch.float32)
     return F.mse_loss(logits.to(precise).softmax(1), average.to(precise))
+
+
+@register("te", "PGD-AT with temporal ensembling (Dong et al. 2022): predictions are tied to their average over epochs")
+def te(
+    model: nn.Module,
+    num_samples: int,
+    num_classes: int,
+    *,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    momentum: float = 0.9,
+    weight: float = 300.0,
+    te_start: int | None = None,
+    te_end: int | None = None,
+    epochs: int | None = None,
+    milestones: Sequence[int] | None = None,
+    table_dtype: str = "float32",
+    twin: bool | str = True,
+    seed: int = 0,
+) -> TemporalEnsembling:
+    """Build ``TemporalEnsembling(PGDAT(model))``."""
+    base = PGDAT(model, eps=eps, alpha=alpha, steps=steps, twin=twin, seed=seed)
+    return TemporalEnsembling(
+        base, num_samples, num_classes, momentum=momentum, weight=weight, start=te_start, end=te_end, epochs=epochs,
+        milestones=milestones, table_dtype=table_dtype,
+    )  # fmt: skip
+
+
+@register("trades_te", "TRADES with temporal ensembling (Dong et al. 2022), the penalty on clean predictions")
+def trades_te(
+    model: nn.Module,
+    num_samples: int,
+    num_classes: int,
+    *,
+    beta: float = 6.0,
+    eps: float = 8 / 255,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    momentum: float = 0.9,
+    weight: float = 300.0,
+    te_start: int | None = None,
+    te_end: int | None = None,
+    epochs: int | None = None,
+    milestones: Sequence[int] | None = None,
+    table_dtype: str = "float32",
+    twin: bool | str = True,
+    seed: int = 0,
+) -> TemporalEnsembling:
+    """Build ``TemporalEnsembling(TRADES(model))``."""
+    base = TRADES(model, beta=beta, eps=eps, alpha=alpha, steps=steps, twin=twin, seed=seed)
+    return TemporalEnsembling(
+        base, num_samples, num_classes, momentum=momentum, weight=weight, start=te_start, end=te_end, epochs=epochs,
+        milestones=milestones, table_dtype=table_dtype,
+    )  # fmt: skip

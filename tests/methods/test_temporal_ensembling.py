@@ -66,6 +66,23 @@ def test_the_ramp_of_the_paper(epoch, expected):
     assert method.ramp(epoch) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"epochs": 200, "milestones": [100, 150]}, (90, 150)),
+        ({"epochs": 40, "milestones": [20, 30]}, (18, 30)),
+        ({"epochs": 40, "milestones": [20]}, (18, 30)),
+        ({"epochs": 40}, (18, 30)),
+        ({"epochs": 1}, (1, 1)),
+        ({"epochs": 40, "start": 3}, (3, 30)),
+        ({"milestones": [100, 150]}, (90, 150)),
+    ],
+)
+def test_start_and_end_follow_the_schedule(options, expected):
+    _, method = scripted(**options)
+    assert (method.start, method.end) == expected
+
+
 def test_the_table_over_epochs_equals_a_slow_loop_with_partial_and_repeating_batches():
     model, method = scripted(5, 3, start=1, end=1)
     generator, truth, visits = torch.Generator().manual_seed(0), {}, [0] * 5
