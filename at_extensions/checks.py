@@ -269,6 +269,14 @@ def check_matching(counts: int, classes: int) -> None:
         raise ValueError(f"got {counts} class_counts for a model of {classes} classes")
 
 
+def describe_faults(faults: Sequence[str]) -> str:
+    """Return the message about faults of batches that were noticed after they had passed."""
+    return (
+        f"training met {' and '.join(faults)} after the first batch; such batches add nothing to the loss. Look at the "
+        "data set and its augmentation"
+    )
+
+
 def looks_like_probabilities(logits: Tensor) -> bool:
     """Whether every row of ``logits`` (B, K) is non-negative and sums to 1, as after a softmax."""
     rows = logits.detach().float()

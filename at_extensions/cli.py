@@ -41,8 +41,9 @@ def train(out: str, settings: s.TrainSettings) -> None:
 
 
 def evaluate(run: str, settings: s.EvaluateSettings) -> None:
-    """Attack a run's model with AutoAttack on its test split; write evaluation.json and a report into the run.
+    """Attack a model with AutoAttack on a test split; write evaluation.json and a report into its run directory.
 
+    The model is that of a run, or a checkpoint of your own: --model, --weights, --data and --eps then make the run.
     Stopped and started again, it goes on where it was. Under torchrun the batches are dealt over the processes.
     """
     from at_extensions.commands.evaluate import evaluate_run, write_results
@@ -130,7 +131,12 @@ COMMANDS = {
         resumes=True,
     ),
     "evaluate": Command(
-        evaluate, s.EvaluateSettings, "evaluate runs/digits --n-examples 50", "run", "A run directory.", resumes=True
+        evaluate,
+        s.EvaluateSettings,
+        "evaluate runs/digits --n-examples 50",
+        "run",
+        "A run directory, or the one to make.",
+        resumes=True,
     ),
     "report": Command(
         report, s.ReportSettings, "report runs", "folder", "A folder of run directories, or one run directory."

@@ -96,7 +96,7 @@ def copy_sources(record: Mapping[str, Any], folder: Path, network: nn.Module) ->
     Args:
         record: Of ``build``.
         folder: The run directory.
-        network: What ``build`` made.
+        network: Of ``build`` too.
     """
     if "root" not in record:
         return dict(record)
@@ -145,7 +145,7 @@ def rebuild(record: Mapping[str, Any], folder: str | Path, seed: int | None = No
     for name, expected in files.items():
         if not (source / name).is_file() or _sha256(source / name) != expected:
             raise ValueError(f"{source / name} is missing or was changed since the evaluation; evaluate anew elsewhere")
-    with _alone(source, {module_name.partition(".")[0]}) if files else _on_path(Path.cwd()):
+    with importing_from(source, {module_name.partition(".")[0]}) if files else _on_path(Path.cwd()):
         network = _call(_import(module_name, attribute), options, record["factory"], seed)
     return _normalized(network, record)
 
@@ -271,7 +271,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, tops: set[str]) -> Iterator[None]:
+def importing_from(folder: Path, tops: set[str]) -> Iterator[None]:
     """Import from a folder of copies: modules of the same top-level names are set aside, and are back afterwards."""
     tops = tops | {path.stem for path in folder.iterdir()}
 
@@ -293,11 +293,11 @@ def _layout(network: nn.Module) -> dict[str, tuple]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in network.state_dict().items()}
 
 
-def _per_channel(what: str, given: list[float] | None, default: float, in_chans: int) -> list[float]:
+def _per_channel(name: str, given: list[float] | None, default: float, in_chans: int) -> list[float]:
     values = [float(v) for v in (given if given is not None else [default] * in_chans)]
     if len(values) != in_chans:
-        raise ValueError(f"{what} needs one number a channel ({in_chans}), got {len(values)}")
-    if what == "std" and not all(v > 0 for v in values):
+        raise ValueError(f"{name} needs one number a channel ({in_chans}), got {len(values)}")
+    if name == "std" and not all(v > 0 for v in values):
         raise ValueError(f"std must be positive, got {values}")
     return values
 

@@ -34,20 +34,10 @@ class Normalized(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
         self.recipe = recipe
-        self._changes_nothing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of images (B, C, H, W) in [0, 1]."""
-        if self._changes_nothing and x.dtype is self.mean.dtype:
-            return self.network(x)
         return self.network((x - self.mean) / self.std)
-
-    def skip_identity_normalisation(self) -> None:
-        """Leave out a mean of 0 and a std of 1; call it again when they change.
-
-        Only for copies whose buffers nobody else changes. Reading them synchronises with the device.
-        """
-        self._changes_nothing = bool((self.mean == 0).all() & (self.std == 1).all())
 
     def get_classifier(self) -> nn.Module:
         """Return the network's last linear layer."""
@@ -186,8 +176,8 @@ def create_model(
             (``preact_resnet18`` with its BatchNorm before the classifier, ``cifar_resnet18`` post-activation,
             ``wide_resnet_<depth>_<widen>``, ``dm_wide_resnet_<depth>_<widen>`` with Swish); or ``small_cnn``.
         num_classes: Outputs K, at least 2.
-        mean: Subtracted, one number a channel. None: what timm says for its own architecture, else 0.
-        std: Divided by. None: what timm says for its own architecture, else 1.
+        mean: Subtracted, one number a channel. None: timm's for its own architectures, else 0.
+        std: Divided by. None: timm's for its own architectures, else 1.
         in_chans: Channels of the images.
         **kwargs: Passed to the architecture: ``pretrained=True`` for timm, ``width=16`` for a narrow ResNet.
 
@@ -326,7 +316,7 @@ def classifier_of(model: nn.Module) -> nn.Module:
 def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run one forward pass and return logits (B, K) with the penultimate features (B, D), both with graph.
 
-    The features are what enters the last linear classifier, caught by a pre-hook that is gone afterwards.
+    The features are the input of the last linear classifier, caught by a hook that is removed afterwards.
 
     Raises:
         ValueError: The classifier cannot be found, or did not make the logits.

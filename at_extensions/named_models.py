@@ -47,7 +47,7 @@ def open_model(
         num_classes: Outputs of an architecture.
         dataset: RobustBench's data set of an id: ``"cifar10"``, ``"cifar100"`` or ``"imagenet"``.
         threat_model: RobustBench's threat model of an id.
-        folder: Where RobustBench keeps what it downloads.
+        folder: RobustBench's folder of downloads.
 
     Raises:
         FileNotFoundError: No such run, file or checkpoint.

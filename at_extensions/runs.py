@@ -18,6 +18,9 @@ from at_extensions.checks import check_name
 KINDS = ("last", "best")
 """The checkpoints of a run: the newest, and the best by validation robust accuracy."""
 
+OWN_CHECKPOINT = "own checkpoint"
+"""The method in ``config.yaml`` of a run that was made of a user's checkpoint: its training is not on record."""
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -123,10 +126,80 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_weights(model: nn.Module, path: str | Path) -> Path:
-    """Write a model's state dict as safetensors, with the recipe that rebuilds it where it carries one."""
-    recipe = getattr(model, "recipe", None)
+    """Write a model's state dict as safetensors, with the recipe that rebuilds it where it carries one.
+
+    Names are those of the model itself: modules that wrap it or a part of it (``torch.compile``, ``DataParallel``,
+    ``DistributedDataParallel``, averaged models) leave no trace in them.
+    """
+    return save_state_dict(plain_state_dict(model), model, path)
+
+
+def save_state_dict(state: dict[str, Tensor], model: nn.Module, path: str | Path) -> Path:
+    """Write weights that ``plain_state_dict`` returned for a model of this architecture, as ``save_weights`` does."""
+    recipe = getattr(unwrapped(model), "recipe", None)
     metadata = {"format": "pt"} | ({} if recipe is None else {"recipe": json.dumps(recipe)})
-    return save_tensors(path, model.state_dict(), metadata)
+    return save_tensors(path, state, metadata)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile``'s module, ``DataParallel``, an averaged model, or several of them."""
+    while (inside := _inside(model)) is not None:
+        model = getattr(model, inside)
+    return model
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict under the names that it has without wrapping modules, at any depth."""
+    state, plain = model.state_dict(), _plain_names(model)
+    return {plain[name]: value for name, value in state.items() if plain[name] is not None}
+
+
+def load_plain_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a state dict from ``plain_state_dict`` into a model that may be wrapped, or not, in another way.
+
+    Raises:
+        RuntimeError: Of torch, for another architecture.
+    """
+    own, plain = model.state_dict(), _plain_names(model)
+    named = {short: name for name, short in plain.items() if short is not None}
+    wrappers = {name: own[name] for name, short in plain.items() if short is None}
+    model.load_state_dict({named.get(name, name): value for name, value in state.items()} | wrappers)
+
+
+_WRAPPERS = {  # class -> the attribute that holds the model
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+}
+
+
+def _inside(module: nn.Module) -> str | None:
+    """Return the name under which a wrapping module holds the wrapped one; None for any other module."""
+    for kind in type(module).__mro__:
+        if (name := _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            return name
+    return None
+
+
+def _plain_names(model: nn.Module) -> dict[str, str | None]:
+    """Return each name in a model's state dict without wrapping modules; None for what is a wrapper's own."""
+    wrapping = {name: _inside(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {key: _plain_name(key, wrapping) for key in model.state_dict()}
+
+
+def _plain_name(key: str, wrapping: dict[str, str | None]) -> str | None:
+    path, plain = "", []
+    for part in key.split("."):
+        inside = wrapping.get(path)
+        if inside is None:
+            plain.append(part)
+        elif part != inside:
+            return None
+        path = f"{path}.{part}" if path else part
+    return ".".join(plain)
 
 
 def read_recipe(path: str | Path) -> dict | None:
@@ -235,13 +308,13 @@ class RunDirectory:
         with atomic(self.state_path()) as temporary, _naming(self.state_path(), RuntimeError):
             torch.save(state, temporary)
 
-    def load_state(self) -> dict | None:
-        """Return the training state, or None if there is none.
+    def load_state(self, kind: str = "last") -> dict | None:
+        """Return the training state of the ``"last"`` or ``"best"`` epoch, or None if there is none.
 
         Raises:
             ValueError: The file is truncated or not one of ours.
         """
-        path = self.state_path()
+        path = self.state_path(kind)
         if not path.exists():
             return None
         try:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -139,7 +140,29 @@ class TrainSettings(OptimSettings, MethodSettings, ModelSettings, DataSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(Settings):
+class OwnModelSettings(Settings):
+    """Own model."""
+
+    model: str | None = option(
+        None,
+        "A name of at_extensions.list_models(), or package.module:factory (file.py:factory) for a class or function of "
+        "yours that returns the network; the run directory is then made of it.",
+    )
+    weights: str | None = option(
+        None, "Your checkpoint: .pt, .pth, .ckpt or .safetensors, in any of the usual containers."
+    )
+    weights_key: str | None = option(
+        None, "Which of several sets of weights in the file to take, such as state_dict_ema."
+    )
+    model_options: dict | None = option(None, 'Arguments of the architecture or factory, such as {"width": 16}.')
+    mean: list[float] | None = option(
+        None, "Subtracted from images in [0, 1] before the network, one number a channel."
+    )
+    std: list[float] | None = option(None, "Divided by, one number a channel.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(OwnModelSettings):
     """Evaluation."""
 
     eps: float | None = option(None, "Radius, such as 8/255; the one that the run trained for by default.")
@@ -150,8 +173,15 @@ class EvaluateSettings(Settings):
         None, "Attack only that many test images, a random subset drawn by the seed; the report says so.", at_least=1
     )
     checkpoint: str | None = option(None, "best or last; the best there is by default.", choices=("best", "last"))
-    data: str | None = option(None, "Another data set than the run's own.")
+    data: str | None = option(
+        None, "Another data set than the run's own: a name, npz:PATH, folder:PATH, cifar10c:PATH or cifar100c:PATH."
+    )
     root: str | None = option(None, "Folder that holds the data set, in torchvision's layout.")
+    image_size: int | None = option(None, "Side in pixels of the images of a folder.", at_least=1)
+    num_classes: int | None = option(
+        None, "Number of classes, where the labels of an npz file do not tell.", at_least=2
+    )
+    severity: int | None = option(None, "Of CIFAR-10-C and CIFAR-100-C, from 1 to 5; all five by default.", at_least=1)
     batch_size: int | None = option(None, "Images attacked at a time.", at_least=1)
     precision: str = option("fp32", "Of the search, fp32 or bf16; each adversarial example is verified in fp32.")
     compile: bool = option(False, "Search with a model compiled by torch.compile.")
@@ -210,9 +240,14 @@ class Paper(Settings):
     )
     footnote: str = option("", "A remark shown under the table.")
     code: str = option("", "Address of checkpoint and code; a submission asks for it.")
+    license: str = option("MIT", "Licence of the weights: an identifier, or the address of its text.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z0-9.+-]+|https?://[^\s\"'<>]+", self.license):
+            raise ValueError(
+                f"license must be an identifier such as MIT or the address of its text, got {self.license!r}"
+            )
         for name in ("title", "authors", "link"):
             if not getattr(self, name).strip():
                 raise ValueError(f"the paper's {name} must be a non-empty string, got {getattr(self, name)!r}")
@@ -233,7 +268,7 @@ class PublishSettings(Settings):
     dataset: str | None = option(
         None, "RobustBench's name of the data set, or a free name for one of your own; the run's name by default."
     )
-    architecture: str | None = option(None, "Name of the network in print; made from the model's name by default.")
+    architecture: str | None = option(None, "Printed name of the network; made from its name and options by default.")
     allow_partial: bool = option(False, "Write a result that RobustBench would not rank, marked as such.")
     allow_other_eps: bool = option(False, "Publish an evaluation at another radius than the run trained for.")
 
@@ -244,6 +279,7 @@ class VerifySettings(Settings):
 
     n_examples: int = option(100, "Test images that AutoAttack attacks, a random subset drawn by the seed.", at_least=1)
     data: str | None = option(None, "Test data, named as for training; the published data set by default.")
+    trust_code: bool = option(False, "Run the code in the folder where that makes its network; read it first.")
     root: str | None = option(None, "Folder that holds the data set, in torchvision's layout.")
     seed: int = option(0, "Seed of the subset and the attacks.", at_least=0)
     device: str | None = option(None, "cpu, cuda, ...; a GPU where there is one by default.")

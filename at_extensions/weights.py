@@ -161,7 +161,7 @@ def _find(data: Any, path: Path, steps: list[str]) -> tuple[dict[str, Tensor], l
 
 
 def _contents(data: Any) -> str:
-    """Name what a file holds, briefly."""
+    """Describe the contents of a file briefly."""
     if not isinstance(data, Mapping):
         return f"a {type(data).__name__}"
     keys = [str(k) for k in data]

@@ -24,7 +24,7 @@ EPS = 8 / 255
 
 def measured(cpu: RobustAccuracy):
     """Return a measurement that takes a part of AutoAttack's test images on a CPU and all of them on a GPU."""
-    gpu = RobustAccuracy(autoattack=None)
+    gpu = RobustAccuracy(autoattack=None, pgd_precision="bf16")
 
     def measure(run: RunDirectory, cell: Cell) -> dict:
         return (cpu if cell.scale == "cpu" else gpu)(run, cell)
@@ -75,7 +75,7 @@ STUDIES = {
             "gpu": GPU_NET | {"epochs": 30, "lr": 0.2, "warmup": 0.3, "val_fraction": 0.02},
         },
         seeds=(0,),
-        measure=measured(RobustAccuracy(autoattack=500)),
+        measure=measured(RobustAccuracy(autoattack=500, pgd_precision="bf16")),
     ),
     "strength": Study(
         name="strength",
@@ -92,7 +92,7 @@ STUDIES = {
             "gpu": GPU_NET | {"epochs": 30, "lr": 0.2, "warmup": 0.3, "val_fraction": 0.02},
         },
         seeds=(0,),
-        measure=RobustAccuracy(autoattack=0),
+        measure=RobustAccuracy(autoattack=0, pgd_precision="bf16"),
     ),
     "reat": Study(
         name="reat",
@@ -119,7 +119,7 @@ STUDIES = {
             | LONG_TAIL
             | {"steps": 10, "alpha": 2 / 255, "epochs": 80, "lr": 0.1, "schedule": "step", "milestones": [60, 75]},
         },
-        measure=measured(RobustAccuracy(autoattack=300, precision="bf16")),
+        measure=measured(RobustAccuracy(autoattack=300, precision="bf16", pgd_precision="bf16")),
         pairs=tuple((arm, "at_bsl") for arm in ("at", *REAT_FORMS)),
     ),
     "deat": Study(
@@ -136,7 +136,7 @@ STUDIES = {
             | {"method": "pgd", "steps": 10, "alpha": 2 / 255, "val_fraction": 0.02}
             | {"epochs": 110, "schedule": "step", "milestones": [100, 105]},
         },
-        measure=measured(RobustAccuracy(autoattack=200, precision="bf16")),
+        measure=measured(RobustAccuracy(autoattack=200, precision="bf16", pgd_precision="bf16")),
         pairs=tuple(
             (f"deat_{lr:g}", f"{other}_{rate:g}")
             for other in ("sgd", "momentum")

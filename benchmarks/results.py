@@ -50,7 +50,7 @@ def page(results: Path) -> str:
         if any(results.glob(needed)):
             try:
                 sections.append(f"## {heading}\n\n{write(results)}")
-            except (KeyError, TypeError, AttributeError, StopIteration) as error:
+            except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
                 raise ValueError(f"{results / needed} lacks what the section {heading!r} shows: {error!r}") from error
     return "\n".join(sections)
 

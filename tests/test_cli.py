@@ -251,7 +251,8 @@ def test_a_bad_input_is_one_line_without_a_traceback(run, tmp_path, capsys, comm
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tmp_path):
     words = ["train", "run", "--method", "standard", *QUICK[:-1]]
     code = (
-        "import resource, sys; from at_extensions.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+        "import resource, sys; from at_extensions.cli import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
         f"sys.exit(main({words!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -30,10 +30,10 @@ def test_importing_the_package_loads_neither_torch_nor_the_attacks():
 def test_robustbench_imports_once_the_package_is():
     code = "import at_extensions\nfrom robustbench.eval import benchmark\nprint(benchmark.__name__)"
     assert run(code) == "benchmark"
-    assert "No module named 'autoattack'" in run("import autoattack")  # which is what is mended
+    assert "No module named 'autoattack'" in run("import autoattack")  # without us
 
 
-def test_a_real_autoattack_wins(tmp_path):
+def test_a_real_autoattack_has_precedence(tmp_path):
     package = tmp_path / "autoattack"
     package.mkdir()
     (package / "__init__.py").write_text("AutoAttack = 'the real one'\n")
@@ -45,7 +45,7 @@ def test_a_real_autoattack_wins(tmp_path):
         "import autoattack.state\n"
     )
     outcome = run(code, PYTHONPATH=str(tmp_path))
-    assert "No module named 'autoattack.state'" in outcome  # what a real one lacks is not slipped in
+    assert "No module named 'autoattack.state'" in outcome  # modules that the real one lacks are not added
     assert run(code.rsplit("import", 1)[0], PYTHONPATH=str(tmp_path)) == "the real one autoattack the real Square"
 
 
@@ -90,7 +90,7 @@ def test_every_module_of_attacks_is_served():
     assert upstream.backend_version().startswith("pyautoattack ")
 
 
-def test_what_does_not_exist_is_not_served():
+def test_missing_modules_are_not_served():
     import autoattack
 
     with pytest.raises(ModuleNotFoundError, match=r"autoattack\.nonsense"):

@@ -3,6 +3,7 @@
 from at_extensions.attacks.class_eps import ClassEpsPGD, robust_lt_scales
 from at_extensions.attacks.first_pass import FirstPass, first_pass
 from at_extensions.attacks.nfgsm import NFGSM
+from at_extensions.attacks.norms import norm_of, radius_of, validation_attack
 from at_extensions.attacks.pgd import PGD, Loss
 from at_extensions.attacks.running import check_attack, perturb
 from at_extensions.untouched import RandomStream, attacking
@@ -17,6 +18,9 @@ __all__ = [
     "attacking",
     "check_attack",
     "first_pass",
+    "norm_of",
     "perturb",
+    "radius_of",
     "robust_lt_scales",
+    "validation_attack",
 ]

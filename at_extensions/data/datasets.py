@@ -69,13 +69,13 @@ def load_dataset(
             ``corrupt_labels``; a rate alone means ``"uniform"``. ``train.clean_labels`` keeps the true ones.
         seed: Which samples are drawn, cut and corrupted.
         image_size: Side in pixels of the images that a folder gives, 224 if None; other data sets have their own.
-        num_classes: Number of classes of an npz file, where its largest training label does not tell. Classes without
+        num_classes: Number of classes of an npz file; the largest training label plus one if None. Classes without
             training samples are named in a warning.
 
     Raises:
         FileNotFoundError: The data are not there; the message says how to get them.
         TypeError: Arguments or arrays of the wrong type.
-        ValueError: An unknown name, numbers out of range, a damaged file, classes too small for what was asked.
+        ValueError: An unknown name, numbers out of range, a damaged file, classes too small for the split.
     """
     check_number("val_fraction", val_fraction, at_least=0, below=1)
     source = _read(str(name_or_path), root, image_size, num_classes)
@@ -108,7 +108,7 @@ def load_test(
             names, one a line in the order of their numbers, where some have no test image.
         root: As for ``load_dataset``.
         image_size: As for ``load_dataset``.
-        num_classes: Number of classes K where the labels do not tell, such as of a subset.
+        num_classes: Number of classes K of an npz file, such as of a subset; the largest label plus one if None.
         severity: Of CIFAR-10-C and CIFAR-100-C, from 1 to 5; all five if None.
 
     Raises:

@@ -23,7 +23,7 @@ class FolderSplit(LabelledSplit):
         labels: Class numbers (N,); stored as int64.
         num_classes: How many classes there are, K.
         image_size: Side of the square images that come out, in pixels.
-        name: What reports call the data.
+        name: Name of the data in reports.
         class_names: K names, where they are known.
         clean_labels: The labels before any were corrupted (N,); ``labels`` if None.
 

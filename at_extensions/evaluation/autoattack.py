@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from at_extensions.attacks import attacking
 from at_extensions.checks import check_count, check_eps, check_model, check_name, check_norm, device_of
-from at_extensions.evaluation.batches import Clean, Listener, Verdicts
+from at_extensions.evaluation.batches import Clean, Listener, Plan, Verdicts
 from at_extensions.evaluation.precision import check_precision
 from at_extensions.evaluation.report import Examples, RobustnessReport, summary
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.searching import search_model
-from at_extensions.evaluation.sequence import SuiteRun
+from at_extensions.evaluation.sequence import run_suite
 from at_extensions.evaluation.state import Batch, Store, state_digest
 from at_extensions.evaluation.suite import ATTACKS, VERSIONS, apply_version, make_attackers, settings
 from at_extensions.processes import sharing
@@ -96,15 +96,15 @@ def evaluate(
     attackers = make_attackers(None, norm, eps, device, only_verdicts=True)
     apply_version(attackers, "standard" if version == "custom" else version, norm)
     with sharing(shard) as ranks, attacking(model):
-        outcome = SuiteRun(
+        plan = Plan(
             model, model, samples, attackers, attacks, norm, eps, version,
             seed=seed, seed_step=1, batch_size=batch_size, device=device, strict=version == "custom",
             search=lambda x: search_model(model, x, precision, compiled=compile), precision=precision,
             masking=version in ("standard", "plus"), class_counts=class_counts,
             store=Store(state_dir), identity={"compiled": bool(compile)}, ranks=ranks, keep=keep_examples,
             listener=_Progress() if progress and ranks.rank == 0 else Listener(),
-        ).run()  # fmt: skip
-    clean, verdicts = outcome.clean, outcome.verdicts
+        )  # fmt: skip
+        clean, verdicts, suite, flags = run_suite(plan)
     return RobustnessReport(
         norm=norm,
         eps=eps,
@@ -112,8 +112,8 @@ def evaluate(
         seed=seed,
         **summary(clean.labels, clean.correct, verdicts.robust, clean.num_classes, class_counts),
         after_attack=verdicts.after_attack,
-        flags=outcome.flags,
-        settings={name: settings(attack) for name, attack in outcome.suite.items()},
+        flags=flags,
+        settings={name: settings(attack) for name, attack in suite.items()},
         versions=versions() | {"autoattack": backend_version()},
         device=_device_name(device),
         precision=precision,

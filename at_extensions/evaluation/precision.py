@@ -25,20 +25,16 @@ def check_precision(name: str, precision: str, device: torch.device) -> str:
     return precision
 
 
-def arithmetic(device: torch.device) -> dict[str, str | bool]:
-    """Return the device type and the settings of torch on which float32 results depend, as JSON."""
-    if device.type == "cuda":
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        if hasattr(matmul, "fp32_precision"):  # the old flags raise where the new ones were used
-            settings = {"matmul": matmul.fp32_precision, "convolution": cudnn.conv.fp32_precision}
-        else:
-            settings = {"tf32_matmul": matmul.allow_tf32, "tf32_convolution": cudnn.allow_tf32}
-    elif device.type == "cpu" and hasattr(torch.backends.mkldnn, "conv"):
-        onednn = torch.backends.mkldnn
-        settings = {"matmul": onednn.matmul.fp32_precision, "convolution": onednn.conv.fp32_precision}
+def arithmetic(device: torch.device) -> list[str]:
+    """Return the device type, and torch's settings of float32 precision in matrix products and convolutions on it."""
+    cuda, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    if not hasattr(cuda, "fp32_precision"):  # newer versions of torch have others, and may refuse these
+        settings = (torch.get_float32_matmul_precision(), cuda.allow_tf32, cudnn.allow_tf32)
+    elif device.type == "cuda":
+        settings = (cuda.fp32_precision, cudnn.conv.fp32_precision)
     else:
-        settings = {"matmul": torch.get_float32_matmul_precision()}
-    return {"device": device.type, **settings}
+        settings = (onednn.matmul.fp32_precision, onednn.conv.fp32_precision)
+    return [device.type, *("ieee" if setting == "none" else str(setting) for setting in settings)]
 
 
 def rounding(device: torch.device) -> float:

@@ -135,7 +135,7 @@ def as_labels(labels: Any) -> Tensor:
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:
-    """Share an array's memory, or copy it where torch does not take it as it is: negative strides, read-only memory."""
+    """Share an array's memory, or copy it where torch takes no view of it: negative strides, read-only memory."""
     shared = array.flags.writeable and min(array.strides, default=0) >= 0
     return torch.from_numpy(array if shared else np.array(array, order="C"))
 

@@ -67,7 +67,7 @@ class Store:
             write: Whether this process writes the settings of a new folder.
 
         Raises:
-            ValueError: The folder belongs to another evaluation; the message says what differs.
+            ValueError: The folder belongs to another evaluation; the message names the differences.
         """
         if self.directory is None:
             return

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import unknown_name
-from at_extensions.evaluation import square
-from at_extensions.evaluation.attacks import apgd
+from at_extensions.evaluation.attacks import apgd, square
 from at_extensions.evaluation.attacks.fab import FAB
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module

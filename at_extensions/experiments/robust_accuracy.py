@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,21 +14,19 @@ from at_extensions.data import load_dataset
 from at_extensions.data.split import LabelledSplit
 from at_extensions.evaluation import count_correct, evaluate
 from at_extensions.evaluation.accuracy import count_correct_by_class
+from at_extensions.experiments.cell import Cell
 from at_extensions.models import load_model
 from at_extensions.processes import own_device
 from at_extensions.runs import KINDS, RunDirectory
 from at_extensions.training.metrics import by_frequency
-
-if TYPE_CHECKING:
-    from at_extensions.experiments.study import Cell
 
 
 @dataclass(frozen=True)
 class RobustAccuracy:
     """Measure a run: clean and PGD accuracy of the last and the best epoch, AutoAttack on the published weights.
 
-    Clean accuracy and PGD (Linf, step size eps / 4) use all test images. Attacks search in bf16 on the folded model;
-    the model as given judges in fp32. After long-tailed training accuracies are also given by class and for head,
+    Clean accuracy and PGD (Linf, step size eps / 4) use all test images. Attacks search on the folded model; the model
+    as given judges in fp32. After long-tailed training accuracies are also given by class and for head,
     medium and tail classes.
 
     Attributes:
@@ -37,7 +35,8 @@ class RobustAccuracy:
         pgd_steps: Steps of PGD; 0 leaves it out.
         autoattack: Test images for standard AutoAttack, drawn evenly over the classes: 0 for none, None for all.
         every_seed: AutoAttack for every seed, not for the first one alone.
-        precision: Precision in which AutoAttack searches; verdicts are those of fp32.
+        precision: Precision in which AutoAttack searches, ``"fp32"`` or ``"bf16"``.
+        pgd_precision: Precision in which PGD searches.
     """
 
     eps: float | str | None = None
@@ -45,6 +44,7 @@ class RobustAccuracy:
     autoattack: int | None = 500
     every_seed: bool = False
     precision: str = "fp32"
+    pgd_precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.eps is not None:
@@ -53,6 +53,7 @@ class RobustAccuracy:
         if self.autoattack is not None:
             check_count("autoattack", self.autoattack, at_least=0)
         check_name("precision", self.precision, ("fp32", "bf16"))
+        check_name("pgd_precision", self.pgd_precision, ("fp32", "bf16"))
 
     def __call__(self, run: RunDirectory, cell: Cell) -> dict[str, Any]:
         """Return ``last``, ``best`` and, where it is due, ``autoattack``."""
@@ -87,22 +88,21 @@ class RobustAccuracy:
                 result[kind] = result["last"]
                 continue
             model = load_model(run.weights(kind)).to(own_device())
-            result[kind] = {"clean": _accuracies(model, test, class_counts)}
+            result[kind] = {"clean": self._accuracies(model, test, class_counts)}
             if self.pgd_steps:
                 attack = PGD(model, eps, eps / 4, self.pgd_steps)
-                result[kind][f"pgd{self.pgd_steps}"] = _accuracies(model, test, class_counts, attack)
+                result[kind][f"pgd{self.pgd_steps}"] = self._accuracies(model, test, class_counts, attack)
         return result
 
-
-def _accuracies(
-    model: nn.Module, test: LabelledSplit, class_counts: list[int] | None, attack: PGD | None = None
-) -> dict[str, Any]:
-    """Return the accuracy on the test split, under an attack if given; by class and group where counts are given."""
-    if class_counts is None:
-        return _share(count_correct(model, test, attack=attack, search="bf16"))
-    counts = count_correct_by_class(model, test, len(class_counts), attack=attack, search="bf16").cpu()
-    by_class = by_frequency({"test": counts}, class_counts)
-    return _share(counts.sum(0)) | {name: values["test"] for name, values in by_class.items()}
+    def _accuracies(
+        self, model: nn.Module, test: LabelledSplit, class_counts: list[int] | None, attack: PGD | None = None
+    ) -> dict[str, Any]:
+        """Return the accuracy on the test split, under an attack if given; by class where counts are given."""
+        if class_counts is None:
+            return _share(count_correct(model, test, attack=attack, search=self.pgd_precision))
+        counts = count_correct_by_class(model, test, len(class_counts), attack=attack, search=self.pgd_precision).cpu()
+        by_class = by_frequency({"test": counts}, class_counts)
+        return _share(counts.sum(0)) | {name: values["test"] for name, values in by_class.items()}
 
 
 def _share(counts: torch.Tensor) -> dict[str, Any]:

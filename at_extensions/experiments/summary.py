@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from at_extensions.experiments.study import Study
 from at_extensions.intervals import PairedDifference, paired_interval
 from at_extensions.publishing import figures, sweep_plots
 from at_extensions.publishing.sweeps import (
@@ -20,9 +21,6 @@ from at_extensions.publishing.sweeps import (
     sweep_point,
 )
 from at_extensions.runs import write_json
-
-if TYPE_CHECKING:
-    from at_extensions.experiments.study import Study
 
 _OWN = {"seed", "training_seconds", "wall_seconds"}  # numbers of a result that its measurement did not give
 

@@ -11,6 +11,7 @@ from at_extensions.checks import (
     check_images,
     check_labels,
     check_logits,
+    describe_faults,
     is_about_a_view,
     looks_like_probabilities,
 )
@@ -95,15 +96,7 @@ class BatchGuard:
         """
         faults = self.faults()
         if faults:
-            raise ValueError(describe(faults))
-
-
-def describe(faults: list[str]) -> str:
-    """Return the message about faults of batches."""
-    return (
-        f"training met {' and '.join(faults)} after the first batch; such batches add nothing to the loss. Look at the "
-        "data set and its augmentation"
-    )
+            raise ValueError(describe_faults(faults))
 
 
 def check_kinds(x: Tensor, y: Tensor, index: Tensor | None, *, needs_index: str | None = None) -> Tensor:

@@ -119,7 +119,7 @@ def awp(
     eps: float = 8 / 255,
     alpha: float = 2 / 255,
     steps: int = 10,
-    twin: bool | str = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> AWP:
     """Build ``AWP(PGDAT(model))``."""
@@ -136,7 +136,7 @@ def trades_awp(
     eps: float = 8 / 255,
     alpha: float = 2 / 255,
     steps: int = 10,
-    twin: bool | str = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> AWP:
     """Build ``AWP(TRADES(model))``."""

@@ -56,7 +56,7 @@ class MART(Method):
         start: str = "gaussian",
         attack: Attack | None = None,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         attack = PGD(model, eps, alpha, steps, start) if attack is None else attack

@@ -208,7 +208,7 @@ def te(
     epochs: int | None = None,
     milestones: Sequence[int] | None = None,
     table_dtype: str = "float32",
-    twin: bool | str = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> TemporalEnsembling:
     """Build ``TemporalEnsembling(PGDAT(model))``."""
@@ -236,7 +236,7 @@ def trades_te(
     epochs: int | None = None,
     milestones: Sequence[int] | None = None,
     table_dtype: str = "float32",
-    twin: bool | str = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> TemporalEnsembling:
     """Build ``TemporalEnsembling(TRADES(model))``."""

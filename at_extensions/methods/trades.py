@@ -60,7 +60,7 @@ class TRADES(Method):
         start: str = "gaussian",
         attack: Attack | None = None,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         attack = PGD(model, eps, alpha, steps, start) if attack is None else attack

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from at_extensions import processes
-from at_extensions.runs import RunDirectory, atomic, save_weights
+from at_extensions.runs import RunDirectory, atomic, save_state_dict, save_weights
 from at_extensions.settings import differences
 from at_extensions.training.metrics import numbers
 
@@ -32,7 +34,7 @@ class Checkpointer:
 
     def __init__(self, run_dir: str | Path | RunDirectory | None, *, resume: bool, config: dict | None):
         self.run = run_dir if run_dir is None or isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
-        self._board = None
+        self._board, self._digests = None, {}
         if self.run is None:
             return
         if not resume and self.run.state_path().exists():
@@ -50,12 +52,38 @@ class Checkpointer:
         """
         return None if self.run is None else self.run.load_state()
 
+    def mend(self, state: dict, model: nn.Module) -> None:
+        """Write weights anew that do not belong to a state: damaged ones, or of an epoch that a kill cut short.
+
+        Args:
+            state: From ``load``.
+            model: With the weights of that state.
+        """
+        self._digests = dict(state.get("digests", {}))
+        if processes.is_main():
+            for kind, expected in self._digests.items():
+                if expected != _digest(self.run.weights(kind)):
+                    self._mend(kind, state, model)
+        processes.barrier()
+
+    def _mend(self, kind: str, state: dict, model: nn.Module) -> None:
+        path = self.run.weights(kind)
+        if kind == "last" or state["best_epoch"] == state["epoch"]:
+            save_weights(model, path)
+        else:
+            best = self.run.load_state("best")
+            if best is None or best["epoch"] != state["best_epoch"]:
+                warnings.warn(f"{path} does not belong to this run's state, and cannot be written anew", stacklevel=2)
+                return
+            save_state_dict(best["model"] if best["ema"] is None else best["ema"], model, path)
+        warnings.warn(f"{path} was damaged, or of an epoch that was cut short; it is written anew", stacklevel=2)
+
     def save(self, make_state: Callable[[], dict], model: nn.Module) -> None:
         """Write the weights of ``model`` and the state after an epoch; every process calls this.
 
         Args:
             make_state: Called by every process; returns ``epoch``, ``best_epoch``, ``rows`` and all else to go on with.
-            model: What is validated and published.
+            model: The model that is validated and published.
         """
         if self.run is None:
             return
@@ -66,11 +94,12 @@ class Checkpointer:
 
     def _write(self, state: dict, model: nn.Module) -> None:
         best = state["best_epoch"] == state["epoch"]
-        save_weights(model, self.run.weights("last"))
+        self._digests["last"] = _digest(save_weights(model, self.run.weights("last")))
         if best:
             _link(self.run.weights("last"), self.run.weights("best"))
+            self._digests["best"] = self._digests["last"]
         self.run.write_metrics(state["rows"])
-        self.run.save_state(state)
+        self.run.save_state(state | {"digests": dict(self._digests)})
         if best:
             _link(self.run.state_path("last"), self.run.state_path("best"))
         self._log(state["rows"][-1])
@@ -89,6 +118,13 @@ class Checkpointer:
             for key, value in numbers(row | groups).items():
                 self._board.add_scalar(key, value, row["epoch"])
             self._board.flush()
+
+
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None where there is none."""
+    if not path.is_file():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:

@@ -91,9 +91,9 @@ def reat(results: Path) -> str:
         + table(["", "clean", "PGD-20", "head", "medium", "tail", "AutoAttack"], accuracies)
         + "\nDifference to AT-BSL under PGD-20 in points, and the claim that the arm is more robust than AT-BSL:\n\n"
         + table(["", "last epoch", "claim", "best epoch", "claim", "tail classes, last epoch"], compared)
-        + "\nThe released form has two defects that keep it near AT-BSL; the pairwise tail term and the logit weighting "
-        "are what the paper intends. Networks this small decide nothing about large ones: `--scale gpu` is the same study "
-        "with the paper's recipe.\n"
+        + "\nThe released form has two defects that keep it near AT-BSL; the pairwise tail term and the logit "
+        "weighting are what the paper intends. Networks this small decide nothing about large ones: `--scale gpu` is "
+        "the same study with the paper's recipe.\n"
     )
 
 
@@ -182,5 +182,6 @@ def criticality_study(results: Path) -> str:
         "adversarial training raises criticality and spreads it:\n\n"
         + table(["trained", "layers", "difference", "claim"], compared)
         + f"\nRank correlation of eps and the average: {found['with_eps']['spearman']:.2f}. Small robust networks "
-        "predict with little confidence, and 1 - cosine of probabilities then moves less; large ImageNet networks may differ.\n"
+        "predict with little confidence, and 1 - cosine of probabilities then moves less; large ImageNet networks "
+        "may differ.\n"
     )

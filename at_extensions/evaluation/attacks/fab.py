@@ -33,7 +33,7 @@ class FAB:
         eps: Radius: an adversarial example counts within it, and random starts lie within half of it.
         alpha_max: Largest weight of the original image in the biased step, in [0, 1].
         eta: Overshooting of the projections, at least 1.
-        beta: What the backward step leaves of the distance to the original, in (0, 1).
+        beta: Share of the distance to the original that is left after the backward step, in (0, 1).
         seed: Seeds the global random generators, from which starts are drawn.
         targeted: Whether to aim at one class after the other, which costs one gradient an iteration instead of K.
         n_target_classes: How many classes to aim at, from the second most probable one on.
@@ -195,7 +195,7 @@ def project_l1(points: Tensor, w: Tensor, b: Tensor) -> Tensor:
     w, size, room, to_fall = _descent(points, w * (w.abs() > _NO_WEIGHT), b)
     order = size.argsort(dim=1, descending=True)
     gains = (size * room).gather(1, order)
-    left = to_fall - (gains.cumsum(1) - gains)
+    left = torch.cat([to_fall, -gains], 1).cumsum(1)[:, :-1]  # when a pixel's turn comes
     way = torch.empty_like(room).scatter_(1, order, left / size.gather(1, order))
     moved = torch.minimum(way.nan_to_num(nan=0.0).clamp_min(0), room)
     return torch.where(w < 0, moved, -moved) * (size > 0)

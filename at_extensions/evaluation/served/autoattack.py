@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import check_eps, check_name, check_norm
-from at_extensions.evaluation.batches import Clean, Listener, Verdicts
+from at_extensions.evaluation.batches import Clean, Listener, Plan, Verdicts
 from at_extensions.evaluation.flags import Flag
 from at_extensions.evaluation.samples import Samples
-from at_extensions.evaluation.sequence import SuiteRun
+from at_extensions.evaluation.sequence import run_suite
 from at_extensions.evaluation.served.state import EvaluationState
 from at_extensions.evaluation.state import Batch, Store
 from at_extensions.evaluation.suite import VERSIONS, apply_version, make_attackers
@@ -158,12 +158,13 @@ class AutoAttack:
         state = self._state(state_path, attacks)
         seed = state.seed if self.seed is None else int(self.seed)
         with frozen(self.model):
-            return SuiteRun(
+            plan = Plan(
                 self.model, self.get_logits, samples, self, attacks, self.norm, self.epsilon, self.version,
                 seed=seed, seed_step=0, batch_size=bs, device=torch.device(self.device),
                 store=Store(None if state_path is None else f"{state_path}.batches"),
                 listener=_Log(self._log, self.logger.log, state),
-            ).run().verdicts  # fmt: skip
+            )  # fmt: skip
+            return run_suite(plan).verdicts
 
     def _state(self, path: str | Path | None, attacks: Sequence[str]) -> EvaluationState:
         """A new state or the one on disk."""

@@ -28,35 +28,41 @@ def bisected(t, w, b, norm):
     """The truth, one point at a time: the smallest s whose step reaches the plane, by bisection."""
     above = float(w @ t - b)
     w = -w if above < 0 else w
+    direction = torch.sign(w) if norm == "Linf" else w
 
     def moved(s):
-        if norm != "L1":
-            return (t - s * (torch.sign(w) if norm == "Linf" else w)).clamp(0, 1) - t
-        faces, step = torch.where(w < 0, 1 - t, -t) * (w != 0), torch.zeros_like(t)
-        for i in w.abs().argsort(descending=True).tolist():  # s is the length of the way in the L1 norm
-            step[i] = faces[i].clamp(-s, s)
-            s -= abs(float(step[i]))
-        return step
+        return (t - s * direction).clamp(0, 1) - t
 
-    low, high = 0.0, {"Linf": 1.0, "L2": 1e8, "L1": float(len(t))}[norm]
+    low, high = 0.0, 1.0 if norm == "Linf" else 1e8
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (low, middle) if float(-(w @ moved(middle))) >= abs(above) else (middle, high)
     return moved(high)
 
 
+def pixel_by_pixel(t, w, b):
+    """The truth in the L1 norm, one point at a time: every pixel as far as needed, those of large weights first."""
+    left, step = float(b - w @ t), torch.zeros_like(t)
+    for i in w.abs().argsort(descending=True).tolist():
+        if w[i]:
+            step[i] = max(-float(t[i]), min(1 - float(t[i]), left / float(w[i])))
+            left -= float(w[i] * step[i])
+    return step
+
+
 @pytest.mark.parametrize("norm", PROJECTIONS)
 @pytest.mark.parametrize("seed", range(5))
-def test_projections_equal_bisection_and_upstream(seed, norm):
-    t, w, b = planes(seed, d=200 if norm != "L1" else 40)
+def test_projections_equal_the_truth_and_upstream(seed, norm):
+    t, w, b = planes(seed)
     ours = PROJECTIONS[norm](t, w, b)
     moving = w if norm == "Linf" else w * (w.abs() > 1e-8)
-    truth = torch.stack([bisected(*row, norm) for row in zip(t, moving, b)])
+    rows = zip(t, moving, b)
+    truth = torch.stack([pixel_by_pixel(*row) if norm == "L1" else bisected(*row, norm) for row in rows])
     reached = ((w * (t + truth)).sum(1) - b).abs() < 1e-9
     assert 0.2 < reached.double().mean() < 1  # planes within the box, and beyond it
     torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
     upstream = upstream_projection(norm)(t, w.clone(), b.clone())
-    torch.testing.assert_close(ours, upstream, rtol=0, atol=1e-8)  # its running sums cancel, and cost it digits
+    torch.testing.assert_close(ours, upstream, rtol=0, atol=1e-7)  # its running sums cancel, and cost it digits
 
 
 @pytest.mark.parametrize("norm", PROJECTIONS)
@@ -65,7 +71,7 @@ def test_projections_in_float32_are_no_less_exact_than_upstream(norm):
     truth = PROJECTIONS[norm](*[tensor.double() for tensor in planes32])
     upstream = upstream_projection(norm)(planes32[0], planes32[1].clone(), planes32[2].clone())
     ours = PROJECTIONS[norm](*planes32)
-    assert (ours - truth).norm() <= (1 if norm != "L1" else 1.05) * (upstream - truth).norm()
+    assert (ours - truth).norm() <= (upstream - truth).norm()
     assert (ours - truth).norm() < 1e-5 * truth.norm()
 
 

@@ -1,14 +1,14 @@
 """Logits of images with a changed window against those of the whole image, in float64."""
 
-import logging
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from at_extensions.folding import fold_batchnorm
-from at_extensions.folding.reach import Rectangle
+from at_extensions.evaluation.attacks.reach import Rectangle
+from at_extensions.evaluation.attacks.windows import Windows
+from at_extensions.evaluation.searching import windows_of
+from at_extensions.folding import TwinWarning, fold_batchnorm
 from at_extensions.models import create_model
 
 
@@ -75,7 +75,7 @@ NETWORKS = [
 @pytest.mark.parametrize(("name", "options", "side"), NETWORKS, ids=[case[0] for case in NETWORKS])
 def test_every_network_tells_what_it_tells_of_whole_images(name, options, side):
     model = prepared(create_model(name, 5, **options))
-    windows = fold_batchnorm(model, only_folded=False).windows()
+    windows = windows_of(fold_batchnorm(model, only_folded=False))
     windows.remember(images(size=side), 1)
     assert windows.saves
     assert_looks_equal(model, windows, images(size=side), SIZES if side == 32 else (1, 7))
@@ -87,7 +87,7 @@ def built(*layers, side=14):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), *layers, nn.Flatten(), nn.LazyLinear(3))
     model(torch.rand(2, 3, side, side))
     model = prepared(model)
-    return model, fold_batchnorm(model).windows()
+    return model, windows_of(fold_batchnorm(model))
 
 
 class Branches(nn.Module):
@@ -218,23 +218,22 @@ def test_the_images_remembered_are_nobody_elses():
     torch.testing.assert_close(windows.look(window, 0, 0), model(before), rtol=0, atol=1e-10)
 
 
-def test_there_are_none_where_hooks_would_not_be_called(caplog):
+def test_there_are_none_where_hooks_would_not_be_called():
     twin = fold_batchnorm(create_model("small_cnn", 3, width=4).eval())
-    assert twin.windows() is not None
+    assert windows_of(twin) is not None
     for module in (nn.modules.module, twin.network):
         register = getattr(module, "register_module_forward_hook", None) or module.register_forward_hook
         handle = register(lambda *args: None)
-        with caplog.at_level(logging.INFO, logger="at_extensions"):
-            assert twin.windows() is None
+        with pytest.raises(ValueError, match="hooks"):
+            Windows(twin)
         handle.remove()
-    assert "hooks" in caplog.text
 
 
 def test_hooks_within_the_network_are_called_with_whole_images():
     model = prepared(create_model("cifar_resnet18", 5, width=4))
     shapes = []
     model.network.layer1[1].conv1.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
-    windows = fold_batchnorm(model).windows()
+    windows = windows_of(fold_batchnorm(model))
     shapes.clear()
     assert_looks_equal(model, windows, images(), (2,))
     assert set(shapes) == {torch.Size([4, 4, 32, 32])}
@@ -251,7 +250,16 @@ def test_a_model_that_cannot_be_traced_has_none():
 
     twin = fold_batchnorm(create_model("small_cnn", 3, width=4).eval())
     twin.network = Asks()
-    assert twin.windows() is None
+    with pytest.warns(TwinWarning, match="Square computes whole images: TraceError"):
+        assert windows_of(twin) is None
+    assert windows_of(lambda x: x) is None
+
+
+def test_there_are_none_on_other_devices():
+    twin = fold_batchnorm(create_model("small_cnn", 3, width=4).eval())
+    twin.model.to("meta")
+    assert twin.device.type == "meta"
+    assert windows_of(twin) is None
 
 
 def test_in_bfloat16_it_is_as_exact_as_the_model():
@@ -268,7 +276,7 @@ def test_in_bfloat16_it_is_as_exact_as_the_model():
         with torch.autocast("cpu", torch.bfloat16):
             twin = fold_batchnorm(model)
             theirs = model(changed)
-            windows = twin.windows()
+            windows = windows_of(twin)
         windows.remember(x, 3)
         ours = windows.look(window, 4, 9)
     assert ours.dtype is torch.bfloat16

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from at_extensions.folding import onednn
-from at_extensions.folding.two_way import Kernel
 
 TILE, INNER = 4, 6  # pixels of a side that a tile writes, and that it reads
 
@@ -34,24 +32,67 @@ _AT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 
 _ONES = INNER + 1  # a constant in this place of a transformed tile is the same constant in every pixel: a bias
 
 
+class Weights(NamedTuple):
+    """A convolution's transformed weights, a matrix for each of a tile's 36 numbers.
+
+    Attributes:
+        forward: (36, C_in, C_out).
+        backward: (36, C_out, C_in), of the convolution that takes the output's gradient to the input's.
+    """
+
+    forward: Tensor
+    backward: Tensor
+
+
 @torch.no_grad()
-def transform(weight: Tensor) -> Kernel:
-    """Return the transformed weights of a convolution, (C_out, C_in, 3, 3), for ``two_way.conv2d``.
+def transform(weight: Tensor) -> Weights:
+    """Return the transformed weights of a convolution, (C_out, C_in, 3, 3).
 
     In float32 five digits are kept, where a direct convolution keeps six.
     """
-    both = weight, weight.flip(2, 3).transpose(0, 1)
-    return Kernel(*(functools.partial(_convolve, _Products(of_one)) for of_one in both))
+    _, to_weights, _ = _matrices(weight.dtype, weight.device)
+    transformed = (to_weights @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(INNER**2, *weight.shape[:2])
+    mirrored = (to_weights @ weight.flip(2, 3).permute(2, 3, 0, 1).reshape(9, -1)).view(INNER**2, *weight.shape[:2])
+    return Weights(transformed.transpose(1, 2), mirrored)
 
 
-def _convolve(kernel: _Products, x: Tensor, bias: Tensor | None) -> Tensor:
+def conv2d(x: Tensor, weights: Weights, bias: Tensor | None = None) -> Tensor:
+    """Convolve 3 x 3 pixels with stride 1 and a zero padding of 1, as ``F.conv2d(x, weight, bias, padding=1)``.
+
+    Differentiable in ``x`` alone, as often as one likes.
+
+    Args:
+        x: (B, C_in, H, W) of the weights' dtype; channels_last is the layout that costs no copy.
+        weights: What ``transform`` makes of the weights.
+        bias: (C_out,) or None.
+
+    Returns:
+        (B, C_out, H, W) in channels_last.
+    """
+    return _Convolution.apply(x, weights, bias)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weights: Weights, bias: Tensor | None) -> Tensor:
+        ctx.weights = weights
+        return _convolve(x, weights.forward, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        forward, backward = ctx.weights
+        return _Convolution.apply(grad, Weights(backward, forward), None), None, None
+
+
+def _convolve(x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     batch, _, height, width = x.shape
     to_tiles, _, from_tiles = _matrices(x.dtype, x.device)
     tiles = torch.matmul(to_tiles, _tiles(x))  # (T, 36, C_in)
-    products = kernel.of(tiles, bias)
-    outputs = products.shape[2]
-    rows, columns = -(-height // TILE), -(-width // TILE)
-    pixels = torch.matmul(from_tiles, products).view(batch, rows, columns, TILE, TILE, outputs)
+    products = torch.bmm(tiles.transpose(0, 1), matrices)  # (36, T, C_out)
+    if bias is not None:
+        products[_ONES] += bias
+    rows, columns, outputs = -(-height // TILE), -(-width // TILE), matrices.shape[2]
+    pixels = torch.matmul(from_tiles, products.transpose(0, 1)).view(batch, rows, columns, TILE, TILE, outputs)
     layout = {"memory_format": torch.channels_last}
     out = torch.empty((batch, outputs, rows * TILE, columns * TILE), dtype=x.dtype, device=x.device, **layout)
     out.permute(0, 2, 3, 1).view(batch, rows, TILE, columns, TILE, outputs).copy_(pixels.transpose(2, 3))
@@ -65,33 +106,6 @@ def _tiles(x: Tensor) -> Tensor:
     padded = F.pad(x.permute(0, 2, 3, 1), padding).contiguous()
     tiles = padded.unfold(1, INNER, TILE).unfold(2, INNER, TILE)  # (B, rows, columns, C, 6, 6)
     return tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, INNER**2, channels)
-
-
-class _Products:
-    """Multiplies each of a tile's 36 numbers' channels by a matrix of its own, of transformed weights.
-
-    A grouped 1 x 1 convolution, for its library is the faster one on every CPU, and takes this layout as it is.
-    """
-
-    def __init__(self, weight: Tensor):
-        self._outputs, self._inputs = weight.shape[:2]
-        _, to_weights, _ = _matrices(weight.dtype, weight.device)
-        columns = weight.permute(2, 3, 0, 1).reshape(9, self._outputs * self._inputs)
-        kernel = (to_weights @ columns).view(INNER**2 * self._outputs, self._inputs, 1, 1)
-        packs = weight.device.type == "cpu" and onednn.is_available(weight.dtype)
-        self._kernel = onednn.Weights(kernel, (0, 0), groups=INNER**2) if packs else kernel
-
-    def of(self, tiles: Tensor, bias: Tensor | None) -> Tensor:
-        """Return (T, 36, C_out) of tiles (T, 36, C_in)."""
-        if bias is not None:
-            bias = F.pad(bias, (_ONES * self._outputs, (INNER**2 - _ONES - 1) * self._outputs))
-        image = tiles.view(1, len(tiles), 1, INNER**2 * self._inputs).permute(0, 3, 1, 2)
-        if isinstance(self._kernel, onednn.Weights):
-            about = 1 << (len(tiles) - 1).bit_length()
-            products = self._kernel.convolve(image, bias, size=torch.Size((*image.shape[:3], about)))
-        else:
-            products = F.conv2d(image, self._kernel, bias, groups=INNER**2)
-        return products.permute(0, 2, 3, 1).reshape(len(tiles), INNER**2, self._outputs)
 
 
 @functools.cache

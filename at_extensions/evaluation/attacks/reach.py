@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from at_extensions.folding import onednn
-from at_extensions.folding.convolution import FastConv2d
-from at_extensions.folding.layers import EvalNorm, FoldedNorm, does_nothing
-from at_extensions.folding.tracing import is_exactly, is_hooked, module_of
+from at_extensions.folding.backends import convolution_types
+from at_extensions.folding.layers import FoldedNorm, does_nothing, padding_of
+from at_extensions.folding.tracing import foldable_norms, is_exactly, is_hooked, module_of
 
 _ACTIVATIONS = {  # modules that act on every number by itself -> the same, not in place
     nn.ReLU: lambda module: F.relu,
@@ -60,16 +59,16 @@ class Rectangle(NamedTuple):
         return images[:, :, self.top : self.bottom, self.left : self.right]
 
     def within(self, outer: Rectangle) -> Rectangle:
-        """Where it lies as seen from ``outer``'s corner."""
+        """Its place relative to ``outer``'s corner."""
         down, along = outer.top, outer.left
         return Rectangle(self.top - down, self.bottom - down, self.left - along, self.right - along)
 
     def clipped(self, sides: tuple[int, int]) -> Rectangle:
-        """What of it lies in a map of so many rows and columns."""
+        """The part of it inside a map of so many rows and columns."""
         return Rectangle(max(self.top, 0), min(self.bottom, sides[0]), max(self.left, 0), min(self.right, sides[1]))
 
     def overlap(self, other: Rectangle) -> Rectangle | None:
-        """What is in both, if anything."""
+        """The part that is in both, or None."""
         top, left = max(self.top, other.top), max(self.left, other.left)
         bottom, right = min(self.bottom, other.bottom), min(self.right, other.right)
         return Rectangle(top, bottom, left, right) if top < bottom and left < right else None
@@ -99,7 +98,7 @@ class Sliding(NamedTuple):
         reach: Rows and columns that an output number depends on.
         stride: Of both sides.
         padding: Of both sides.
-        filling: What the padding holds.
+        filling: The value of the padding.
     """
 
     function: Callable
@@ -109,16 +108,17 @@ class Sliding(NamedTuple):
     filling: float = 0.0
 
     def whole(self, sides: tuple[int, int]) -> tuple[int, int]:
-        """How many rows and columns of outputs there are for so many of inputs."""
-        return tuple(onednn.sides(sides, self.reach, self.stride, self.padding))
+        """Return the rows and columns of outputs for so many of inputs."""
+        sizes = zip(sides, self.reach, self.stride, self.padding)
+        return tuple((side + 2 * padding - reach) // stride + 1 for side, reach, stride, padding in sizes)
 
     def widest(self, sides: tuple[int, int], wholes: tuple[int, int]) -> tuple[int, int]:
-        """How many rows and columns of outputs (``wholes`` are all) depend on so many of the inputs, at most."""
+        """Return how many rows and columns of outputs (``wholes`` are all) depend on so many of the inputs, at most."""
         spread = ((side + r - 2) // s + 1 for side, r, s in zip(sides, self.reach, self.stride))
         return tuple(map(min, spread, wholes))
 
     def outputs(self, changed: Rectangle, wholes: tuple[int, int]) -> Rectangle:
-        """Which outputs depend on the changed inputs: at least one, even if none does."""
+        """Return the outputs that depend on the changed inputs: at least one, even if none does."""
         ends = []
         for side, (whole, reach, stride, padding) in enumerate(zip(wholes, self.reach, self.stride, self.padding)):
             first = -((reach - 1 - padding - changed[2 * side]) // stride)
@@ -128,7 +128,7 @@ class Sliding(NamedTuple):
         return Rectangle(*ends)
 
     def inputs(self, outputs: Rectangle) -> Rectangle:
-        """Which inputs those outputs depend on, as if there were some beyond the borders."""
+        """Return the inputs those outputs depend on, as if there were some beyond the borders."""
         ends = []
         for side, (reach, stride, padding) in enumerate(zip(self.reach, self.stride, self.padding)):
             first = outputs[2 * side] * stride - padding
@@ -141,7 +141,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def step_of(network: nn.Module, node: fx.Node) -> Pointwise | Sliding | None:
-    """How a layer's changes follow from those of what it reads; None if nobody knows."""
+    """Return how a layer's changes follow from its input's; None if that is not known."""
     module = module_of(network, node)
     if module is None:
         known = node.op in ("call_function", "call_method") and not node.kwargs.keys() - {"inplace"}
@@ -158,8 +158,8 @@ def step_of(network: nn.Module, node: fx.Node) -> Pointwise | Sliding | None:
 
 
 def _sliding(module: nn.Module) -> Sliding | None:
-    if is_exactly(module, (FastConv2d, nn.Conv2d)):
-        padding = onednn.padding_of(module)
+    if is_exactly(module, convolution_types()):
+        padding = padding_of(module)
         if padding is None or module.padding_mode != "zeros":
             return None
         reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size)]
@@ -184,22 +184,27 @@ def _both(side: int | tuple[int, int]) -> list[int]:
 
 
 def _pointwise(module: nn.Module) -> Callable | None:
-    """A layer that acts on every pixel by itself, not in place; None if it is none."""
+    """Return a layer that acts on every pixel by itself, not in place; None if it is none."""
     if is_hooked(module) or "forward" in vars(module):
         return None
     if does_nothing(module):
         return _same
     if type(module) in _ACTIVATIONS:
         return _ACTIVATIONS[type(module)](module)
-    if type(module) in (FoldedNorm, EvalNorm):
+    if type(module) is FoldedNorm or _is_frozen_norm(module):
         inner = [_pointwise(part) for part in module._modules.values()]
         if any(part is None for part in inner):
             return None
-        return module if type(module) is EvalNorm else _chain(inner)
+        return _chain(inner) if type(module) is FoldedNorm else module
     if type(module) is nn.Sequential:
         parts = [_pointwise(part) for part in module]
         return None if any(part is None for part in parts) else _chain(parts)
     return None
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a layer is a BatchNorm that normalises by running statistics."""
+    return type(module) in foldable_norms() and not module.training and module.running_mean is not None
 
 
 def _chain(functions: list[Callable]) -> Callable:
@@ -216,10 +221,10 @@ def _chain(functions: list[Callable]) -> Callable:
 
 
 def check_writes(network: nn.Module, nodes: list[fx.Node], steps: dict) -> None:
-    """See to it that nobody reads what a layer has overwritten; windows are not overwritten, so it would differ.
+    """Refuse networks that read a tensor after a layer has overwritten it: windows are not overwritten.
 
     Raises:
-        ValueError: Somebody does.
+        ValueError: The network does.
     """
     place = {node: number for number, node in enumerate(nodes)}
     shared: dict[fx.Node, set[fx.Node]] = {}  # nodes that may have the same memory
@@ -243,7 +248,7 @@ def _writes(network: nn.Module, node: fx.Node) -> bool:
     """Whether a layer may overwrite the first tensor that it reads."""
     module = module_of(network, node)
     if module is not None:  # what BatchNorm's activation overwrites is BatchNorm's own
-        return type(module) is not EvalNorm and any(getattr(part, "inplace", False) for part in module.modules())
+        return not _is_frozen_norm(module) and any(getattr(part, "inplace", False) for part in module.modules())
     if node.op == "call_method":
         return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
     return node.op == "call_function" and (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from at_extensions.folding import two_way, winograd
+from at_extensions.folding.cpu import winograd
 
 
 def random(*shape, dtype=torch.float64, seed=0):
@@ -28,7 +28,7 @@ def test_it_is_the_convolution_with_its_first_and_second_derivatives(size, bias,
     b = random(7, seed=2) if bias else None
     kernel = winograd.transform(weight)
     cotangent = random(3, 7, *size, seed=3)
-    ours = values_and_gradients(lambda x: two_way.conv2d(x, kernel, b), x, cotangent)
+    ours = values_and_gradients(lambda x: winograd.conv2d(x, kernel, b), x, cotangent)
     truth = values_and_gradients(lambda x: F.conv2d(x, weight, b, padding=1), x, cotangent)
     for a, t in zip(ours, truth):
         assert a.shape == t.shape
@@ -38,7 +38,7 @@ def test_it_is_the_convolution_with_its_first_and_second_derivatives(size, bias,
 def test_in_float32_it_keeps_five_digits():
     x, weight = random(4, 256, 8, 8, dtype=torch.float32), random(256, 256, 3, 3, dtype=torch.float32, seed=1)
     truth = F.conv2d(x.double(), weight.double(), padding=1)
-    ours = two_way.conv2d(x, winograd.transform(weight))
+    ours = winograd.conv2d(x, winograd.transform(weight))
     assert ours.dtype is torch.float32
     assert ((ours - truth).norm() / truth.norm()).item() < 1e-5
 
@@ -46,7 +46,7 @@ def test_in_float32_it_keeps_five_digits():
 def test_the_weights_of_the_gradient_are_those_of_the_turned_kernel():
     weight, x, grad = random(4, 6, 3, 3), random(2, 6, 5, 5, seed=1), random(2, 4, 5, 5, seed=2)
     kernel, turned = winograd.transform(weight), winograd.transform(weight.flip(2, 3).transpose(0, 1))
-    crossed = two_way.Kernel(kernel.backward, kernel.forward)
-    for a, b, image in ((kernel, two_way.Kernel(turned.backward, turned.forward), x), (crossed, turned, grad)):
-        assert torch.equal(two_way.conv2d(image, a), two_way.conv2d(image, b))
-    torch.testing.assert_close(two_way.conv2d(grad, crossed), F.conv_transpose2d(grad, weight, padding=1))
+    crossed = winograd.Weights(kernel.backward, kernel.forward)
+    for a, b, image in ((kernel, winograd.Weights(turned.backward, turned.forward), x), (crossed, turned, grad)):
+        assert torch.equal(winograd.conv2d(image, a), winograd.conv2d(image, b))
+    torch.testing.assert_close(winograd.conv2d(grad, crossed), F.conv_transpose2d(grad, weight, padding=1))

@@ -11,37 +11,37 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from at_extensions.folding.reach import Pointwise, Rectangle, Sliding, check_writes, step_of
+from at_extensions.evaluation.attacks.reach import Pointwise, Rectangle, Sliding, check_writes, step_of
+from at_extensions.folding import FoldedTwin
 from at_extensions.folding.tracing import are_all_hooked, is_hooked, trace
 
 _LARGEST = 0.75  # share of a map beyond which a window of it takes about as long as all of it
 
 
 class Windows:
-    """A twin's network that remembers images, to tell the logits of them with a window changed.
+    """An evaluator of a twin's logits after a local change of images that it remembers.
 
-    What is computed is what the network computes, up to rounding, as far as a trace shows it: of ``a += b`` it shows
-    ``a + b``, so compare a look with the network's own answer before you rely on others. What convolutions and sums
-    read is remembered: no more than a graph for gradients would hold.
+    It computes the twin's logits, up to rounding, as far as a trace shows the computation: of ``a += b`` it shows
+    ``a + b``, so compare a look with the twin's own answer before you rely on others. It remembers the inputs of
+    convolutions and sums: no more than a graph for gradients would hold. It holds for the twin's present weights.
 
     Args:
-        network: The network of a ``FoldedTwin``.
-        autocast: What it computes in, if under autocast.
-        channels_last: Whether it computes in that layout.
+        twin: The twin, refreshed.
 
     Raises:
         Exception: Whatever the trace does, for a model that cannot be traced.
         ValueError: Hooks that would not be called, or a layer that overwrites what others still read.
     """
 
-    def __init__(self, network: nn.Module, *, autocast: torch.dtype | None, channels_last: bool):
+    def __init__(self, twin: FoldedTwin):
+        network = twin.network
         if is_hooked(network) or are_all_hooked():
             raise ValueError("its hooks would not be called")
-        self._network, self._autocast = network, autocast
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._network, self._autocast = network, twin.autocast
+        self._layout = torch.channels_last if twin.channels_last else torch.contiguous_format
         self._graph = trace(network).graph  # its nodes live as long as it
         self._nodes = list(self._graph.nodes)
         self._steps = {node: step_of(network, node) for node in self._nodes}
@@ -52,7 +52,7 @@ class Windows:
 
     @property
     def saves(self) -> bool:
-        """Whether any layer with a kernel is computed in windows of the size that was said."""
+        """Whether any layer with a kernel is computed in windows of the remembered size."""
         return any(isinstance(self._steps[node], Sliding) for node in self._wholes)
 
     @torch.no_grad()
@@ -87,11 +87,11 @@ class Windows:
 
     def _forget(self) -> None:
         self._size = 0
-        self._images: dict[fx.Node, Tensor] = {}  # what layers return for the remembered images
+        self._images: dict[fx.Node, Tensor] = {}  # layers' outputs for the remembered images
         self._wholes: dict[fx.Node, tuple[int, int]] = {}  # layers computed in windows -> rows and columns of it all
         self._widest: dict[fx.Node, tuple[int, int]] = {}  # and of their windows, at most
-        self._constants: dict[fx.Node, Any] = {}  # what does not depend on images
-        self._seen: dict[fx.Node, tuple[Tensor, Rectangle]] = {}  # what the last pass computed in windows
+        self._constants: dict[fx.Node, Any] = {}  # values that do not depend on images
+        self._seen: dict[fx.Node, tuple[Tensor, Rectangle]] = {}  # windows that the last pass computed
 
     def _compute(self, window: Tensor, rectangle: Rectangle) -> Tensor:
         """Run the network; the first time since images were forgotten, decide what to compute in windows."""
@@ -126,7 +126,7 @@ class Windows:
         self._seen[node] = window, rectangle
 
     def _decide(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        """Whether a layer is a constant, computed in windows, or as a whole."""
+        """Decide whether a layer is a constant, computed in windows, or as a whole."""
         changing = [arg for arg in node.all_input_nodes if arg not in self._constants]
         if not changing:
             self._constants[node] = self._call(node, values)
@@ -188,7 +188,7 @@ class Windows:
         return step.function(cut), outputs
 
     def _region(self, node: fx.Node, wanted: Rectangle) -> Tensor:
-        """What a layer returns in a rectangle, changed or not."""
+        """Return a layer's output in a rectangle, changed or not."""
         window, changed = self._seen[node]
         if wanted == changed:
             return window
@@ -201,7 +201,7 @@ class Windows:
         return cut
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """What a layer returns as a whole, in memory that whoever reads it last may overwrite."""
+        """Return a layer's whole output, in memory that its last reader may overwrite."""
         if node in self._constants:
             return self._constants[node]
         if node not in values:

@@ -1,4 +1,4 @@
-"""A twin's convolutions: which way each takes, and that all ways give what the model gives."""
+"""A twin's convolutions: which are computed by Winograd's algorithm, and that they agree with the model."""
 
 import copy
 import pickle
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from at_extensions.folding import convolution, few_pixels, fold_batchnorm, onednn, two_way, winograd
-from at_extensions.folding.convolution import FastConv2d
+from at_extensions.folding import fold_batchnorm
+from at_extensions.folding.cpu import convolution, winograd
+from at_extensions.folding.cpu.convolution import WinogradConv2d
 
 
 class Net(nn.Module):
@@ -35,22 +36,15 @@ class Net(nn.Module):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """What goes through Winograd's ways, and what is computed as few pixels."""
-    seen = {"winograd": 0, "rows": 0, "few_pixels": 0}
-
-    of_few = few_pixels.conv2d
+    """How often Winograd's algorithm was taken."""
+    seen = {"winograd": 0}
 
     def counting(*args):
-        seen["few_pixels"] += 1
-        return of_few(*args)
+        seen["winograd"] += 1
+        return convolve(*args)
 
-    def by_kind(x, kernel, bias):
-        seen["winograd" if kernel.forward.func is winograd._convolve else "rows"] += 1
-        return convolve(x, kernel, bias)
-
-    convolve = two_way.conv2d
-    monkeypatch.setattr(two_way, "conv2d", by_kind)
-    monkeypatch.setattr(few_pixels, "conv2d", counting)
+    convolve = winograd.conv2d
+    monkeypatch.setattr(winograd, "conv2d", counting)
     return seen
 
 
@@ -88,7 +82,6 @@ def test_many_channels_go_winograds_way_and_give_the_models_logits_and_gradients
             for parameter in model.parameters():
                 parameter.mul_(1.5)
         twin.refresh()
-    assert taken["few_pixels"] == taken["rows"] == 0
 
 
 def test_in_float32_the_gradients_agree_to_float32(taken):
@@ -144,55 +137,33 @@ def test_threads_may_share_a_twin(autocast):
                     assert (a - t).norm() <= 1e-2 * t.norm()
 
 
-@pytest.mark.skipif(not onednn.is_available(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
-@pytest.mark.parametrize(
-    ("n", "size", "change", "expected"),
-    [
-        (16, 4, {}, {"rows": 2}),  # 16 x 2 pairs of columns
-        (15, 4, {}, {"few_pixels": 2}),
-        (15, 8, {}, {"rows": 2}),
-        (15, 8, {"stride": 2}, {"few_pixels": 1}),  # the second's rows are 15 x 2 pairs, its weights a third as many
-        (4, 8, {}, {}),
-        (16, 4, {"width": 208}, {}),
-    ],
-)
-def test_bfloat16_goes_along_rows_or_leaves_channels_last_where_that_is_faster(n, size, change, expected, taken):
+def test_under_autocast_it_is_torchs_convolution(taken):
     torch.manual_seed(0)
-    settings = {"width": 384} | change
-    model = trained(Net(**settings))
-    twin, x = fold_batchnorm(model), images(n, size, dtype=torch.float32)
-    if settings.get("stride") == 2:
-        twin.network.second.may_pack = False
+    model = trained(Net())
+    twin, x = fold_batchnorm(model), images(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        twin.refresh()
-        ours = logits_and_gradient(twin, x)
-        assert taken == {"winograd": 0, "rows": 0, "few_pixels": 0} | expected
-        for conv in (twin.network.stem, twin.network.first, twin.network.second):
-            conv.may_pack = False
-        plain = logits_and_gradient(twin, x)
-    truth = logits_and_gradient(model, x)
-    for a, p, t in zip(ours, plain, truth):
-        assert (a.float() - t).norm() < 1.2 * (p.float() - t).norm() < 0.1 * t.norm()
-    assert ours[1].is_contiguous()
+        assert twin.refresh()(x).dtype is torch.bfloat16
+    assert taken["winograd"] == 0
 
 
-def test_the_weights_that_were_kept_are_forgotten_in_bfloat16_too():
+def test_the_switch_in_the_environment_turns_kernels_off(taken, monkeypatch):
     torch.manual_seed(0)
-    model = trained(Net(width=384))
-    twin, x = fold_batchnorm(model), images(size=4, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = twin.refresh()(x)
-        with torch.no_grad():
-            model.second.weight.neg_()
-            model.first.weight.neg_()
-        after = twin.refresh()(x)
-        again = fold_batchnorm(model).refresh()(x)
-    assert not torch.allclose(before, after)
-    assert torch.equal(after, again)
+    model = trained(Net().double())
+    monkeypatch.setenv("AT_EXTENSIONS_KERNELS", "0")
+    without = fold_batchnorm(model)
+    monkeypatch.setenv("AT_EXTENSIONS_KERNELS", "1")
+    outcomes = [logits_and_gradient(twin, images()) for twin in (without, fold_batchnorm(model))]
+    assert taken["winograd"] == 2  # those of the second twin
+    assert all(type(module) is not WinogradConv2d for module in without.modules())
+    for ours, truth in zip(*outcomes):
+        torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
+    monkeypatch.setenv("AT_EXTENSIONS_KERNELS", "off")
+    with pytest.raises(ValueError, match=r"must be 0 .* or 1, got 'off'"):
+        fold_batchnorm(model)
 
 
 def test_memory_for_transformed_weights_is_bounded(taken, monkeypatch):
-    monkeypatch.setattr(convolution, "_DERIVED", 3 * 36 * 160**2)
+    monkeypatch.setattr(convolution, "_TRANSFORMED", 3 * 36 * 160**2)
     model = trained(Net().double())
     twin = fold_batchnorm(model)
     for ours, truth in zip(logits_and_gradient(twin, images()), logits_and_gradient(model, images())):
@@ -218,9 +189,9 @@ def test_a_twin_that_has_run_can_be_copied_and_pickled_and_its_model_keeps_its_c
     expected = twin(images())
     for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
         assert torch.equal(other(images()), expected)
-    assert type(twin.network.second) is FastConv2d
+    assert type(twin.network.second) is WinogradConv2d
     assert type(model.second) is nn.Conv2d
-    assert "_of_weight" not in vars(model.second)
+    assert "_transformed" not in vars(model.second)
 
 
 def test_a_gradient_is_that_of_the_weights_the_forward_pass_had():

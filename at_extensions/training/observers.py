@@ -1,0 +1,167 @@
+"""Observers of a training run: they see every epoch, may add to its metrics, stop the run or roll it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from at_extensions.checks import check_count, check_name, check_number
+from at_extensions.methods import Step
+
+if TYPE_CHECKING:
+    from at_extensions.training.trainer import Trainer
+
+
+@dataclass
+class Stop:
+    """An observer's request to end the training.
+
+    Asked for within an epoch, the epoch ends at that step; it is validated and saved as any other, then the run ends.
+
+    Args:
+        reason: A sentence for the log.
+        evidence: Plain numbers and texts, kept in the row's ``events``.
+    """
+
+    reason: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RollBack:
+    """An observer's request to go back to an earlier state and to train on from there.
+
+    Model, optimiser, schedule, method, averaged weights, random streams and the states of the other observers become
+    the ones of the newest snapshot that is at least ``steps`` steps old, at the oldest those of the epoch's beginning.
+    The same batches follow as followed then.
+
+    Args:
+        reason: A sentence for the log.
+        steps: How many steps to go back at least; None goes back to the epoch's beginning.
+        remedy: Called with the trainer after the restoration, to change what went wrong: the attack
+            (``trainer.method.attack = ...``), the method (``trainer.method = GradAlign(trainer.method)``), a learning
+            rate. A resumed run does not call it: the observer notes it in its ``state_dict``, and its
+            ``load_state_dict`` repeats what this trainer's method does not have yet.
+        evidence: Plain numbers and texts, kept in the row's ``events``.
+    """
+
+    reason: str
+    steps: int | None = None
+    remedy: Callable[[Trainer], None] | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+class Observer:
+    """Sees a training run; a subclass overrides what it needs.
+
+    Every process calls the same observers at the same moments. Requests must be the same in all processes, so they are
+    to depend on ``row`` or on values reduced by ``processes.add_over_ranks``; the trainer refuses others. An observer
+    leaves the model as it was.
+
+    Attributes:
+        check_every: Steps between two calls of ``check``; None never calls it within an epoch.
+        rolls_back: Whether it may return ``RollBack``; then the trainer keeps copies of its state in memory: one of the
+            epoch's beginning, and with ``snapshot_every`` the last ``snapshots`` ones within the epoch.
+        snapshot_every: Steps between two snapshots within an epoch; None takes none.
+        snapshots: Number of snapshots within an epoch that are kept.
+    """
+
+    check_every: int | None = None
+    rolls_back: bool = False
+    snapshot_every: int | None = None
+    snapshots: int = 2
+
+    def begin(self, trainer: Trainer) -> None:
+        """Prepare for a fit; called before a checkpoint is loaded. Raise here if the trainer does not fit."""
+
+    def after_step(self, number: int, step: Step, y: Tensor) -> None:
+        """See a step after the optimiser's; only called where a subclass overrides it.
+
+        Values are on the device: reading one here makes every step slower.
+
+        Args:
+            number: Of the step within its epoch, from 1.
+            step: The method's result.
+            y: Class numbers (B,).
+        """
+
+    def check(self, model: nn.Module) -> Stop | RollBack | None:
+        """Decide within an epoch, every ``check_every`` steps."""
+
+    def after_epoch(self, epoch: int, model: nn.Module, row: dict[str, Any]) -> dict[str, Any] | Stop | RollBack | None:
+        """See an epoch after its validation.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+            model: The model that is validated and published: with EMA the average.
+            row: Its metrics, with those that earlier observers added.
+
+        Returns:
+            Metrics to add to the row, a request, or None.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the observer's memory: tensors, numbers, texts and their containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the memory of another observer of this kind."""
+
+
+class EarlyStopping(Observer):
+    """Ends a run when a metric has not improved for some epochs.
+
+    Robust overfitting (Rice et al. 2020, arXiv 2002.11569): robust accuracy on held-out images peaks early and falls
+    while training goes on; the best epoch's weights are kept either way, and this saves the epochs after them.
+
+    Args:
+        metric: A number in the epoch's row.
+        patience: Epochs without improvement after which the run ends, at least 1.
+        min_delta: Smallest change that counts as an improvement, at least 0.
+        mode: ``"max"`` for accuracies, ``"min"`` for losses.
+
+    Raises:
+        ValueError: A number out of range or an unknown mode; in training, a row without the metric.
+    """
+
+    def __init__(
+        self,
+        metric: str = "val_robust_accuracy",
+        patience: int = 10,
+        *,
+        min_delta: float = 0.0,
+        mode: str = "max",
+    ):
+        self.metric = metric
+        self.patience = check_count("patience", patience)
+        self.min_delta = check_number("min_delta", min_delta, at_least=0)
+        self.mode = check_name("mode", mode, ("max", "min"))
+        self.best: float | None = None
+        self.best_epoch = 0
+
+    def after_epoch(self, epoch: int, model: nn.Module, row: dict[str, Any]) -> Stop | None:
+        """Compare the metric with its best value so far."""
+        value = row.get(self.metric)
+        if not isinstance(value, (int, float)):
+            numbers = ", ".join(key for key, v in row.items() if isinstance(v, (int, float)))
+            raise ValueError(f"EarlyStopping watches {self.metric!r}, which the epoch's row has not; it has {numbers}")
+        sign = 1 if self.mode == "max" else -1
+        if self.best is None or sign * (value - self.best) > self.min_delta:
+            self.best, self.best_epoch = float(value), epoch
+        if epoch - self.best_epoch < self.patience:
+            return None
+        return Stop(
+            f"{self.metric} has not improved on {self.best:.4g} (epoch {self.best_epoch}) for {self.patience} epochs",
+            {"metric": self.metric, "best": self.best, "best_epoch": self.best_epoch, "value": float(value)},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and its epoch."""
+        return {"best": self.best, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with another one's best value."""
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
