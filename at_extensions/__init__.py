@@ -4,6 +4,7 @@ Submodules load when they are first used, so ``import at_extensions`` costs no m
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from at_extensions import upstream
 
@@ -30,35 +31,9 @@ _HOME = {  # public name -> the module it lives in
     "RunDirectory": "runs",
     "keep_freed_memory": "memory",
 }
-_ROOMS = (
-    "analysis",
-    "attacks",
-    "checks",
-    "commands",
-    "configuration",
-    "data",
-    "evaluation",
-    "experiments",
-    "factories",
-    "folding",
-    "intervals",
-    "memory",
-    "methods",
-    "models",
-    "named_models",
-    "optim",
-    "presets",
-    "processes",
-    "progress",
-    "publishing",
-    "runs",
-    "settings",
-    "training",
-    "untouched",
-    "weights",
-)
+_ROOMS = tuple(m.name for m in iter_modules(__path__) if m.name != "cli" and not m.name.startswith("_"))
 
-__all__ = ["__version__", "upstream", *_HOME, *_ROOMS]
+__all__ = ["__version__", *_HOME, *_ROOMS]
 
 upstream.serve_autoattack()
 

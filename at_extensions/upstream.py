@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from importlib import import_module
@@ -39,9 +38,11 @@ def backend() -> str:
 
 def backend_version() -> str:
     """Return the backend's name and version, such as ``"pyautoattack 0.2.0"``."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return f"{backend()} {importlib.metadata.version(backend())}"
-    except importlib.metadata.PackageNotFoundError:  # on the path without being installed
+        return f"{backend()} {version(backend())}"
+    except PackageNotFoundError:  # on the path without being installed
         return backend()
 
 

@@ -29,7 +29,7 @@ from at_extensions import create_model
 from at_extensions.checks import parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.evaluation import evaluate, searching
-from at_extensions.evaluation.attacks import square
+from at_extensions.evaluation.attacks import square, windows
 from at_extensions.folding import FoldedTwin, fold_batchnorm
 from at_extensions.folding.backends import VARIABLE
 from at_extensions.memory import keep_freed_memory
@@ -227,7 +227,7 @@ def run_autoattack(way: str, model: nn.Module, x: Tensor, y: Tensor, args: argpa
         report: list = []
         spent = seconds(lambda: report.append(evaluate(model, x, y, eps=args.eps, seed=args.seed, batch_size=len(x))))
     finally:
-        searching.fold_batchnorm, square.windows_of = fold, searching.windows_of
+        searching.fold_batchnorm, square.windows_of = fold, windows.windows_of
     return {
         "seconds": round(spent, 2),
         "attack_seconds": {k: round(v, 2) for k, v in report[0].attack_seconds.items()},

@@ -18,6 +18,11 @@ _LINF = (
 )  # fmt: skip
 _L2 = ("PGDL2", "PGDRSL2", "CW", "DeepFool")
 
+_WAY_OUT = (
+    "give Trainer one, such as val_attack=lambda model: torchattacks.PGDL2(model, eps=0.5), or val_attack=False to "
+    "validate on clean images alone"
+)
+
 
 def _classes(names: tuple[str, ...]) -> tuple[type, ...]:
     return tuple(getattr(torchattacks, name) for name in names if hasattr(torchattacks, name))
@@ -56,21 +61,20 @@ def radius_of(attack: Attack) -> float | None:
 def validation_attack(attack: Attack) -> Callable[[nn.Module], Attack]:
     """Return a maker of the ten-step attack in the norm and with the radius of a training attack.
 
-    Linf: ``attacks.PGD``; L2: torchattacks' PGDL2, both with steps of eps / 4; L1: torchattacks' FAB.
+    Linf: ``attacks.PGD``; L2: torchattacks' PGDL2, both with steps of eps / 4.
 
     Raises:
-        ValueError: The norm or the radius is unknown.
+        ValueError: The norm or the radius is unknown, or it is L1, in which torchattacks has no attack that works.
     """
     norm, eps = norm_of(attack), radius_of(attack)
     if norm is None or eps is None:
         unknown = "norm" if norm is None else "radius"
         raise ValueError(
             f"the {unknown} of the training attack {attack.attack} is unknown, so no validation attack follows from "
-            "it: give Trainer one, such as val_attack=lambda model: torchattacks.PGDL2(model, eps=0.5), or "
-            "val_attack=False to validate on clean images alone"
+            f"it; {_WAY_OUT}"
         )
     if norm == "Linf":
         return lambda model: PGD(model, eps=eps, alpha=eps / 4, steps=10)
     if norm == "L2":
         return lambda model: torchattacks.PGDL2(model, eps=eps, alpha=eps / 4, steps=10)
-    return lambda model: torchattacks.FAB(model, norm="L1", eps=eps, steps=10)
+    raise ValueError(f"torchattacks has no attack in {norm} that could validate; {_WAY_OUT}")

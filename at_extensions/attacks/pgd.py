@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from at_extensions.checks import check_count, check_eps, check_name, check_number
 
 Loss = Callable[[Tensor], Tensor]
-"""What an attack maximises: logits (B, K) to a scalar or (B,); whatever else it needs is bound to it."""
+"""A loss that an attack maximises: logits (B, K) to a scalar or (B,); everything else it needs is bound to it."""
 
 STARTS = ("uniform", "gaussian", "zero")
 
@@ -98,9 +98,32 @@ def start(images: Tensor, kind: str, radius: float | Tensor) -> Tensor:
 
 
 def input_gradient(attack: torchattacks.attack.Attack, x: Tensor, loss: Loss) -> Tensor:
-    """Return d loss / d x at x, as a tensor that may be written to; a loss a sample is summed."""
+    """Return d loss / d x at x, as a tensor that may be written to; a loss a sample is summed.
+
+    Where the model computes in half precision, each image's gradient is scaled by a positive factor of its own (one for
+    the batch where BatchNorm mixes images), which leaves the signs of the gradient: a confident network's would
+    underflow in float16.
+    """
     x = x.detach().requires_grad_(True)
-    value = loss(attack.get_logits(x))
-    if value.ndim:
-        value = value.sum()
-    return torch.autograd.grad(value, x)[0]
+    logits = attack.get_logits(x)
+    if logits.dtype not in (torch.float16, torch.bfloat16):
+        return torch.autograd.grad(_summed(loss(logits)), x)[0]
+    precise = logits.detach().float().requires_grad_(True)
+    gradient = torch.autograd.grad(_summed(loss(precise)), precise)[0]
+    return torch.autograd.grad(logits, x, _scaled(gradient, each=not _mixes(attack.model)).to(logits.dtype))[0]
+
+
+def _summed(value: Tensor) -> Tensor:
+    return value.sum() if value.ndim else value
+
+
+def _scaled(gradient: Tensor, *, each: bool) -> Tensor:
+    """Scale the gradient of logits (B, K) by powers of two, so that its largest entry lies in [0.5, 1)."""
+    largest = gradient.abs().amax(1, keepdim=True) if each else gradient.abs().max()
+    exponent = torch.frexp(largest).exponent.clamp(min=-120)  # 2^120 is finite
+    return torch.ldexp(gradient, -exponent)
+
+
+def _mixes(model: nn.Module) -> bool:
+    """Whether a model's BatchNorm normalises by the batch, so that one image's logits depend on the others."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
+from at_extensions.attacks.nfgsm import NFGSM
+from at_extensions.attacks.pgd import PGD
 from at_extensions.untouched import RandomStream, attacking
 
 
@@ -41,6 +46,21 @@ def _searching_on(attack: Attack, twin: nn.Module | None) -> Iterator[None]:
         attack.model = model
 
 
+def _seeing_gradients(attack: Attack, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which a confident network's input gradients do not underflow."""
+    if isinstance(attack, (PGD, NFGSM)):
+        return contextlib.nullcontext()
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.float16:
+        return torch.autocast(device.type, enabled=False)
+    if any(p.dtype is torch.float16 for p in itertools.islice(attack.model.parameters(), 1)):
+        warnings.warn(
+            f"{attack.attack} searches on a float16 model, where a confident network's gradients underflow and it "
+            "looks more robust than it is; use attacks.PGD or attacks.NFGSM, or attack it in float32",
+            stacklevel=3,
+        )
+    return contextlib.nullcontext()
+
+
 def perturb(
     attack: Attack,
     images: Tensor,
@@ -53,13 +73,16 @@ def perturb(
 ) -> Tensor:
     """Run an attack on a batch and leave nothing behind.
 
+    Under float16 autocast ``attacks.PGD`` and ``attacks.NFGSM`` scale their gradients; torchattacks' own attacks, whose
+    gradients would underflow, run without autocast.
+
     Args:
         attack: A torchattacks attack; it follows its model to another device.
         images: (B, C, H, W) in [0, 1].
         labels: (B,) class numbers.
-        loss: What to maximise, for attacks that take it (``attacks.PGD``, ``attacks.NFGSM``): logits (B, K) to a
+        loss: Loss to maximise, for attacks that take it (``attacks.PGD``, ``attacks.NFGSM``): logits (B, K) to a
             scalar or (B,).
-        stream: Where random starts come from; None draws from the global generators.
+        stream: Source of random starts; None draws from the global generators.
         batchnorm: As in ``attacking``.
         twin: Computes what the attack's model computes in eval mode (``folding.fold_batchnorm``); searched on instead.
 
@@ -68,6 +91,7 @@ def perturb(
     """
     attack.set_device(images.device)  # of attacks inside this one too
     drawing = stream.on(images.device) if stream else contextlib.nullcontext()
-    with _searching_on(attack, twin), attacking(attack.model, batchnorm), drawing:
+    precise = _seeing_gradients(attack, images.device)
+    with _searching_on(attack, twin), attacking(attack.model, batchnorm), drawing, precise:
         adversarial = attack.forward(images, labels) if loss is None else attack.forward(images, labels, loss)
     return adversarial.detach()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from at_extensions.evaluation.attacks.windows import Windows
 from at_extensions.folding import FoldedTwin, fold_batchnorm, warn_once
 
 PRECISIONS = ("fp32", "bf16")
@@ -34,29 +33,8 @@ def search_model(
     return torch.compile(search, dynamic=True) if compiled else search
 
 
-def windows_of(search: Callable[[Tensor], Tensor]) -> Windows | None:
-    """Return an evaluator of logits after a local image change, if ``search`` is a twin that has one.
-
-    On a CPU alone, where it was measured to be faster; on other devices, None.
-    """
-    twin = _twin_in(search)
-    if twin is None or twin.device.type != "cpu":
-        return None
-    try:
-        return Windows(twin)
-    except Exception as error:  # whatever a foreign model's trace may raise
-        warn_about_windows(search, f"{type(error).__name__}: {error}")
-        return None
-
-
-def warn_about_windows(search: Callable[[Tensor], Tensor], reason: str) -> None:
-    """Emit a ``TwinWarning``, once for each model and reason, that Square computes whole images."""
-    twin = _twin_in(search)
-    if twin is not None:
-        warn_once(twin.model, f"Square computes whole images: {reason}")
-
-
-def _twin_in(search: Callable[[Tensor], Tensor]) -> FoldedTwin | None:
+def twin_in(search: Callable[[Tensor], Tensor]) -> FoldedTwin | None:
+    """Return the twin that ``search_model`` made, or None."""
     if isinstance(search, _LowPrecision):
         (search,) = search._model
     return search if isinstance(search, FoldedTwin) else None

@@ -312,8 +312,9 @@ def _check_state_dict(optimizer: DEAT, state_dict: dict[str, Any]) -> None:
     foreign = "this is not the state of a DEAT optimiser: "
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(foreign + "it has no 'state' and 'param_groups'")
+    needed = {"params", *optimizer.defaults} - {"differentiable"}  # torch adds that default at the first load
     for group in state_dict["param_groups"]:
-        missing = sorted({"params", *optimizer.defaults} - group.keys())
+        missing = sorted(needed - group.keys())
         if missing:
             raise ValueError(foreign + f"a parameter group lacks {', '.join(map(repr, missing))}")
         _checked_options(group)

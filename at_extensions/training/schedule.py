@@ -88,7 +88,7 @@ def create_scheduler(
         rise = max(1.0, warmup * total)
 
         def one_cycle(step: int) -> float:
-            # the first step already moves: it stands at 1 of `rise`, the last one a step above zero
+            # the first step already moves: 1 of `rise`, the last one a step above zero
             return min(1.0, (step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))
 
         return lr_scheduler.LambdaLR(optimizer, one_cycle)

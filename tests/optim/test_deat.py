@@ -608,3 +608,11 @@ def test_foreign_states_are_refused_before_anything_changes(state, message):
     for n, s in before["state"].items():
         assert_bitwise(after["state"][n].values(), s.values())
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def test_a_state_can_be_loaded_again_and_again():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = DEAT([weight], lr=0.1)
+    state = optimizer.state_dict()
+    for _ in range(3):
+        optimizer.load_state_dict(state)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from at_extensions.evaluation.searching import close, warn_about_windows, windows_of
+from at_extensions.evaluation.attacks.windows import warn_about_windows, windows_of
+from at_extensions.evaluation.searching import close
 from at_extensions.evaluation.verification import margin
 from at_extensions.upstream import attack_module
 
@@ -19,7 +20,7 @@ _FALLEN = 0.1  # share of the remembered images that may be fooled before the ot
 class _Best:
     """The best images so far, and the model's logits after one square is changed in all of them.
 
-    Where ``searching.windows_of`` gives windows, no more is computed than the change reaches; the first logits for each
+    Where ``windows.windows_of`` gives windows, no more is computed than the change reaches; the first logits for each
     size of square are compared with the model's own, and if they differ, or computing them fails, windows are given up
     with a ``TwinWarning``.
 

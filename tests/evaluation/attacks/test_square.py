@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from at_extensions.evaluation.attacks.square import attack_class
-from at_extensions.evaluation.attacks.windows import Windows
-from at_extensions.evaluation.searching import search_model, windows_of
+from at_extensions.evaluation.attacks.windows import Windows, windows_of
+from at_extensions.evaluation.searching import search_model
 from at_extensions.folding import TwinWarning
 from at_extensions.models import create_model
 from at_extensions.upstream import attack_module

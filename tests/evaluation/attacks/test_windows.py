@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from at_extensions.evaluation.attacks.reach import Rectangle
-from at_extensions.evaluation.attacks.windows import Windows
-from at_extensions.evaluation.searching import windows_of
+from at_extensions.evaluation.attacks.windows import Windows, windows_of
 from at_extensions.folding import TwinWarning, fold_batchnorm
 from at_extensions.models import create_model
 
