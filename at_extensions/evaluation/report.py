@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from at_extensions.data import frequency_groups
 from at_extensions.evaluation.flags import Flag
+from at_extensions.intervals import wilson_interval
 from at_extensions.runs import write_json
 
 
@@ -178,16 +178,6 @@ class RobustnessReport:
                 *(f"  {'! ' + flag.name:<16}{flag.message}" for flag in self.flags),
             ]
         )
-
-
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson 1927), at 95 % with this ``z``.
-
-    (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
-    """
-    p, square = successes / total, z * z / total
-    middle, half = p + square / 2, z * math.sqrt(p * (1 - p) / total + square / (4 * total))
-    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
 def summary(

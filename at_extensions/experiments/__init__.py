@@ -2,11 +2,11 @@
 
 from at_extensions.experiments.cell import Cell
 from at_extensions.experiments.demo import demo
-from at_extensions.experiments.intervals import PairedDifference, paired_bootstrap, paired_interval, wilson_interval
 from at_extensions.experiments.robust_accuracy import RobustAccuracy
 from at_extensions.experiments.running import StudyProgress, run_study
 from at_extensions.experiments.study import Arm, Study
 from at_extensions.experiments.summary import StudySummary, summarise
+from at_extensions.intervals import PairedDifference, paired_bootstrap, paired_interval, wilson_interval
 
 __all__ = [
     "Arm",

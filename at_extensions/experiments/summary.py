@@ -10,8 +10,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from at_extensions.experiments.intervals import PairedDifference, paired_interval
 from at_extensions.experiments.study import Study
+from at_extensions.intervals import PairedDifference, paired_interval
 from at_extensions.publishing import figures, sweep_plots
 from at_extensions.publishing.sweeps import (
     RankCorrelation,

@@ -29,12 +29,14 @@ class Step(NamedTuple):
         logits: (B, K) of the training forward, on ``x_adv`` unless the method says otherwise.
         x_adv: (B, C, H, W), the images that the model was trained on.
         terms: Named parts of the loss, detached scalars, which ``Trainer`` logs as ``train_<name>``.
+        clean_logits: (B, K) of the clean images in the training forward, with gradient, for methods that forward them.
     """
 
     loss: Tensor
     logits: Tensor
     x_adv: Tensor
     terms: Mapping[str, Tensor] = MappingProxyType({})
+    clean_logits: Tensor | None = None
 
     def plus(self, name: str, term: Tensor) -> Step:
         """Return this step with a term (a scalar) added to its loss, and logged under ``name``."""

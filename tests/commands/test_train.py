@@ -136,3 +136,18 @@ def test_a_log_file_gets_a_line_an_epoch_with_the_time_left(tmp_path, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("epoch")]
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     assert lines[0].endswith("left")
+
+
+@pytest.mark.parametrize("method", ["trades", "mart", "awp", "trades_awp", "te", "trades_te"])
+def test_methods_against_robust_overfitting_train_from_settings(tmp_path, method):
+    common = {"data": "digits", "train_size": 100, "model_options": {"width": 2}, "augment": "none", "eps": 0.1,
+              "method": method, "steps": 1, "val_steps": 1, "batch_size": 50, "progress": False, "schedule": "step",
+              "milestones": [2]}  # fmt: skip
+    whole = train(tmp_path / "whole", **common, epochs=3)
+    rows = whole.metrics()
+    assert all(row["train_loss"] > 0 for row in rows)
+    if "te" in method.split("_"):
+        assert "train_ensembling" in rows[-1]
+        table = whole.load_state()["method"]["table"]
+        assert table.shape == (100, 10)
+        assert (table.sum(1) > 0).all()

@@ -3,9 +3,15 @@
 import pytest
 
 from at_extensions.cli import main
+from at_extensions.methods import create_method
+from at_extensions.models import create_model
 from at_extensions.presets import list_presets, preset
 from at_extensions.runs import RunDirectory
 from at_extensions.settings import TrainSettings
+
+
+def small_cnn():
+    return create_model("small_cnn", 3, in_chans=1, width=4)
 
 
 @pytest.mark.parametrize("name", list_presets())
@@ -28,6 +34,15 @@ def test_reat_is_the_released_recipe_on_all_of_the_tail():
     assert [recipe[key] for key in ("method", "imbalance_ratio", "val_fraction", "epochs", "milestones", "lr")] == [
         "reat", 0.02, 0, 80, [60, 75], 0.1,
     ]  # fmt: skip
+
+
+def test_te_is_the_released_recipe_with_the_penalty_from_epoch_90_to_150():
+    recipe = preset("te")
+    assert [recipe[key] for key in ("model", "epochs", "milestones", "weight_decay", "batch_size", "lr")] == [
+        "cifar_resnet18", 200, [100, 150], 5e-4, 128, 0.1,
+    ]  # fmt: skip
+    method = create_method("te", small_cnn(), num_samples=3, num_classes=3, epochs=200, milestones=[100, 150])
+    assert (method.start, method.end) == (90, 150)
 
 
 def test_an_unknown_preset_is_named_with_the_nearest(capsys):

@@ -63,7 +63,7 @@ def test_bootstrap_covers_the_true_difference_as_often_as_promised():
 
 
 def test_bootstrap_of_real_numbers_in_blocks_equals_one_block(monkeypatch):
-    from at_extensions.experiments import intervals
+    from at_extensions import intervals
 
     a, b = np.random.default_rng(0).random((2, 40))
     whole = paired_bootstrap(a, b, resamples=500)

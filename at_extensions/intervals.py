@@ -1,7 +1,8 @@
-"""Uncertainty of a study's numbers: Student's intervals of paired differences, and a paired bootstrap over samples."""
+"""Intervals: Wilson's of a proportion, Student's of paired differences, and a paired bootstrap over samples."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import numpy as np
 from torch import Tensor
 
 from at_extensions.checks import check_count, check_number
-from at_extensions.evaluation.report import wilson_interval
 
 __all__ = ["PairedDifference", "paired_bootstrap", "paired_interval", "wilson_interval"]
 
@@ -54,6 +54,16 @@ class PairedDifference:
         if self.interval is not None:
             text += f" [{self.interval[0]:+.4f}, {self.interval[1]:+.4f}]"
         return f"PairedDifference: {text}" + (f", {len(self.seeds)} seeds" if self.seeds else "")
+
+
+def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson 1927), at 95 % with this ``z``.
+
+    (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
+    """
+    p, square = successes / total, z * z / total
+    middle, half = p + square / 2, z * math.sqrt(p * (1 - p) / total + square / (4 * total))
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
 def paired_interval(
