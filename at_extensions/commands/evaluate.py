@@ -8,11 +8,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from at_extensions.checks import check_device
 from at_extensions.commands.own_model import adopt
 from at_extensions.data import is_long_tailed, load_test
 from at_extensions.data.split import LabelledSplit
 from at_extensions.evaluation.autoattack import evaluate
+from at_extensions.evaluation.precision import arithmetic
 from at_extensions.evaluation.report import RobustnessReport
 from at_extensions.models import check_fits
 from at_extensions.named_models import open_run
@@ -65,7 +68,7 @@ def evaluate_run(run: str | Path, settings: EvaluateSettings | None = None, **op
     report = evaluate(
         model,
         test,
-        state_dir=directory.path / "evaluation_state" / _digest(path, data, suite),
+        state_dir=directory.path / "evaluation_state" / _digest(path, data, suite, device),
         class_counts=class_counts if class_counts and is_long_tailed(class_counts) else None,
         keep_examples=settings.keep_examples,
         progress=settings.progress,
@@ -117,8 +120,8 @@ def write_results(run: str | Path) -> tuple[Path, Path]:
     return write_run_info(run), write_report([RunDirectory(run)], Path(run) / "report.html")
 
 
-def _digest(weights: Path, data: dict, suite: dict) -> str:
-    """Return a short name for an evaluation, so that one with other weights or settings keeps a state of its own."""
+def _digest(weights: Path, data: dict, suite: dict, device: torch.device) -> str:
+    """Return a short name for an evaluation; one with other weights, settings or arithmetic keeps a state of its own."""
     digest = hashlib.sha256(weights.read_bytes())
-    digest.update(repr((sorted(data.items()), sorted(suite.items()))).encode())
+    digest.update(repr((sorted(data.items()), sorted(suite.items()), arithmetic(device))).encode())
     return digest.hexdigest()[:16]

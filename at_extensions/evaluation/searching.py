@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from at_extensions.folding import FoldedTwin, fold_batchnorm, warn_once
 
-PRECISIONS = ("fp32", "bf16")
-
 
 def search_model(
     model: Callable[[Tensor], Tensor], x: Tensor, precision: str = "fp32", *, compiled: bool = False
