@@ -121,7 +121,7 @@ def write_results(run: str | Path) -> tuple[Path, Path]:
 
 
 def _digest(weights: Path, data: dict, suite: dict, device: torch.device) -> str:
-    """Return a short name for an evaluation; one with other weights, settings or arithmetic keeps a state of its own."""
+    """Return a short name for an evaluation: other weights, settings or arithmetic keep a state of their own."""
     digest = hashlib.sha256(weights.read_bytes())
     digest.update(repr((sorted(data.items()), sorted(suite.items()), arithmetic(device))).encode())
     return digest.hexdigest()[:16]
