@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo test lint clean install
+.PHONY: demo test lint results clean install
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train, attack and report on scikit-learn's digits (about 4 minutes on 2 cores once installed)"
 	@echo "make test   ruff and the test suite"
 	@echo "make lint   ruff alone"
+	@echo "make results  benchmarks/RESULTS.md from the JSON files in benchmarks/results"
 	@echo "make clean  remove .venv, caches and runs/demo"
 
 install: $(READY)
@@ -31,6 +32,9 @@ lint: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+results: $(READY)
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache .hypothesis *.egg-info

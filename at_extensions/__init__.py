@@ -4,6 +4,7 @@ Submodules load when they are first used, so ``import at_extensions`` costs no m
 """
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from at_extensions import upstream
 
@@ -13,7 +14,10 @@ _HOME = {  # public name -> the module it lives in
     "create_model": "models",
     "fresh_like": "models",
     "list_models": "models",
+    "load_model": "models",
+    "load_weights": "weights",
     "load_dataset": "data",
+    "load_test": "data",
     "make_loader": "data",
     "evaluate": "evaluation",
     "RobustnessReport": "evaluation",
@@ -27,26 +31,9 @@ _HOME = {  # public name -> the module it lives in
     "RunDirectory": "runs",
     "keep_freed_memory": "memory",
 }
-_ROOMS = (
-    "analysis",
-    "attacks",
-    "checks",
-    "data",
-    "evaluation",
-    "experiments",
-    "folding",
-    "memory",
-    "methods",
-    "models",
-    "optim",
-    "presets",
-    "publishing",
-    "runs",
-    "settings",
-    "training",
-)
+_ROOMS = tuple(m.name for m in iter_modules(__path__) if m.name != "cli" and not m.name.startswith("_"))
 
-__all__ = ["__version__", "upstream", *_HOME, *_ROOMS]
+__all__ = ["__version__", *_HOME, *_ROOMS]
 
 upstream.serve_autoattack()
 

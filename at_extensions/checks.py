@@ -1,4 +1,4 @@
-"""Validation of what users pass in: each check raises one clear error that says what to do."""
+"""Validation of users' arguments: each check raises one clear error with the way out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for a name that is not in ``known``; it names the nearest ones.
 
     Args:
-        kind: What is being named, such as ``"model"``.
-        name: What the user wrote.
+        kind: Kind of the thing that is named, such as ``"model"``.
+        name: The name that the user wrote.
         known: Every name that would have been right.
     """
     known = sorted(known)
@@ -325,23 +325,6 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
-
-
-def check_fits(model: nn.Module, image: Tensor, name: str) -> nn.Module:
-    """Return ``model`` if it takes images like ``image`` (C, H, W); ``name`` names the data in the error.
-
-    Raises:
-        ValueError: It fails on them, or returns no logits.
-    """
-    from at_extensions.untouched import attacking
-
-    try:
-        with attacking(model), torch.no_grad():
-            check_logits(model(image[None].to(device_of(model))), 1)
-    except (RuntimeError, AssertionError) as error:
-        shape = " x ".join(str(side) for side in image.shape)
-        raise ValueError(f"the model does not take images of {shape} from {name}: {_first_line(error)}") from error
-    return model
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from at_extensions import settings as s
+from at_extensions.configuration import Settings, alternatives, as_text, flag, flat_kinds, kinds_of
 
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
 """Errors that a user's settings, files or machine can cause: shown as one line, without a traceback."""
@@ -40,8 +41,9 @@ def train(out: str, settings: s.TrainSettings) -> None:
 
 
 def evaluate(run: str, settings: s.EvaluateSettings) -> None:
-    """Attack a run's model with AutoAttack on its test split; write evaluation.json and a report into the run.
+    """Attack a model with AutoAttack on a test split; write evaluation.json and a report into its run directory.
 
+    The model is that of a run, or a checkpoint of your own: --model, --weights, --data and --eps then make the run.
     Stopped and started again, it goes on where it was. Under torchrun the batches are dealt over the processes.
     """
     from at_extensions.commands.evaluate import evaluate_run, write_results
@@ -112,7 +114,7 @@ class Command:
     """One command: its function, its settings and, for ``--help``, its argument and an example."""
 
     run: Callable[..., int | None]
-    settings: type[s.Settings]
+    settings: type[Settings]
     example: str
     argument: str | None = None
     about: str = ""
@@ -129,7 +131,12 @@ COMMANDS = {
         resumes=True,
     ),
     "evaluate": Command(
-        evaluate, s.EvaluateSettings, "evaluate runs/digits --n-examples 50", "run", "A run directory.", resumes=True
+        evaluate,
+        s.EvaluateSettings,
+        "evaluate runs/digits --n-examples 50",
+        "run",
+        "A run directory, or the one to make.",
+        resumes=True,
     ),
     "report": Command(
         report, s.ReportSettings, "report runs", "folder", "A folder of run directories, or one run directory."
@@ -206,14 +213,13 @@ def _parse(words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
     if not words:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    switches = {s.flag(f.name) for c in COMMANDS.values() for f in fields(c.settings) if f.type == "bool"}
-    switches |= {f"--paper.{s.flag(f.name)[2:]}" for f in fields(s.Paper) if f.type == "bool"} | {"--print-config"}
-    found, unknown = parser.parse_known_args(_spelled(words, switches))
+    found, unknown = parser.parse_known_args(_spelled(words))
     options = vars(found)
     name = options.pop("command")
     if unknown:
-        known = [flag for action in parsers[name]._actions for flag in action.option_strings]
-        parsers[name].error("; ".join(_unknown(word, known) for word in unknown))
+        known = [word for action in parsers[name]._actions for word in action.option_strings]
+        options = [word for word in unknown if word.startswith("-")]
+        parsers[name].error("; ".join(_unknown(word, known) for word in options or unknown))
     return COMMANDS[name], options
 
 
@@ -229,6 +235,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             within[group] = outer.add_subparsers(metavar="COMMAND", required=True)
         help = (command.run.__doc__ or "").splitlines()[0]
         parsers[name] = within[group].add_parser(last, help=help, **_texts(command.run.__doc__, command.example))
+        parsers[name].usage = f"at-extensions {name} {(command.argument or '').upper()} [options]".replace("  ", " ")
         parsers[name].set_defaults(command=name)
         _add_options(parsers[name], command)
     return parser, parsers
@@ -258,22 +265,22 @@ def _add_options(parser: argparse.ArgumentParser, command: Command) -> None:
     parser.add_argument("--print-config", metavar="", help="Print the settings as YAML, and do nothing else.")
     done: set[str] = set()
     for base in reversed(command.settings.__mro__):
-        own = [f for f in fields(base) if f.name not in done] if base not in (object, s.Settings) else []
-        if own and issubclass(base, s.Settings):
+        own = [f for f in fields(base) if f.name not in done] if base not in (object, Settings) else []
+        if own and issubclass(base, Settings):
             group = parser.add_argument_group(base.__doc__.splitlines()[0].rstrip(".").lower())
             for f in own:
-                _add_option(group, f.name, f, s.kinds_of(base)[f.name])
+                _add_option(group, f.name, f, kinds_of(base)[f.name])
             done |= {f.name for f in own}
 
 
 def _add_option(group: Any, name: str, f: Any, kind: Any) -> None:
-    kinds = s.alternatives(kind)
-    default = "" if f.default in (None, MISSING, "") else f" (default: {s.as_text(f.default)})"
+    kinds = alternatives(kind)
+    default = "" if f.default in (None, MISSING, "") else f" (default: {as_text(f.default)})"
     help = (f.metadata["help"] + default).replace("%", "%%")
-    group.add_argument(s.flag(name), dest=name, metavar=_metavar(kinds), help=help)
-    if isinstance(kinds[0], type) and issubclass(kinds[0], s.Settings):
+    group.add_argument(flag(name), dest=name, metavar=_metavar(kinds), help=help)
+    if isinstance(kinds[0], type) and issubclass(kinds[0], Settings):
         for part in fields(kinds[0]):
-            _add_option(group, f"{name}.{part.name}", part, s.kinds_of(kinds[0])[part.name])
+            _add_option(group, f"{name}.{part.name}", part, kinds_of(kinds[0])[part.name])
 
 
 def _metavar(kinds: tuple) -> str:
@@ -281,8 +288,12 @@ def _metavar(kinds: tuple) -> str:
     return "|".join(names.get(kind, "A,B") for kind in kinds if kind is not type(None))
 
 
-def _spelled(words: Sequence[str], switches: set[str]) -> list[str]:
+def _spelled(words: Sequence[str]) -> list[str]:
     """Let ``--batch_size`` mean ``--batch-size``, and a switch without a value ``--switch=true``."""
+    switches = {"--print-config"}
+    for name, command in COMMANDS.items():
+        if list(words[: name.count(" ") + 1]) == name.split():
+            switches |= {flag(setting) for setting, kind in flat_kinds(command.settings).items() if kind is bool}
     spelled = []
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")

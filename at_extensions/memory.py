@@ -10,15 +10,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed for the next step, and return whether it does.
+    """Configure glibc's malloc to reuse freed memory instead of returning it to the system.
 
-    By default big tensors go back to the system when they are freed, and their pages are faulted in and zeroed anew in
-    the next step: from nothing to 39 % of a training step in ``benchmarks/training_step.py``. Kept, memory stays at its
-    peak until the process ends. The commands of ``at-extensions`` call this; in a program of your own, call it before
-    the first big tensor.
+    By default the memory of a large tensor returns to the system when it is freed, and its pages are faulted in and
+    zeroed again in the next step: between 0 and 39 % of a training step in ``benchmarks/training_step.py``. With this
+    setting, memory stays at its peak until the process ends. The commands of ``at-extensions`` call this function; in
+    your own program, call it before the first large tensor. GPU memory is not affected.
 
-    Nothing is done, and False returned, where malloc is not glibc's (macOS, Windows, musl) or where the environment
-    already says how to allocate (``MALLOC_*``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``). GPU memory is not concerned.
+    Returns:
+        Whether malloc was configured. False, without any effect, if malloc is not glibc's (macOS, Windows, musl) or if
+        the environment already configures allocation (``MALLOC_*``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``).
     """
     if platform.libc_ver()[0] != "glibc" or any(
         key.startswith("MALLOC_") or key in ("GLIBC_TUNABLES", "LD_PRELOAD") for key in os.environ

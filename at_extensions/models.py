@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from at_extensions.checks import check_count, check_model, check_name, device_of, unknown_name
-from at_extensions.runs import load_weights, read_recipe
+from at_extensions.checks import check_count, check_logits, check_model, check_name, device_of, unknown_name
+from at_extensions.runs import read_recipe
+from at_extensions.untouched import attacking
+from at_extensions.weights import load_weights
 
+_PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 _NOT_IN_RECIPE = ("pretrained", "checkpoint_path")  # where weights came from says nothing about the architecture
 
 
@@ -22,29 +25,19 @@ class Normalized(nn.Module):
         network: The architecture, on normalised images.
         mean: Buffer (1, C, 1, 1).
         std: Buffer (1, C, 1, 1).
-        recipe: The arguments of ``create_model`` that made it.
+        recipe: The arguments of ``create_model`` that made it; None for a network from elsewhere.
     """
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], recipe: dict):
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], recipe: dict | None):
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
         self.recipe = recipe
-        self._changes_nothing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of images (B, C, H, W) in [0, 1]."""
-        if self._changes_nothing and x.dtype is self.mean.dtype:
-            return self.network(x)
         return self.network((x - self.mean) / self.std)
-
-    def skip_identity_normalisation(self) -> None:
-        """Look whether mean and std are 0 and 1, and leave them out if so: to be called again when they change.
-
-        For copies alone whose buffers nobody else changes; reading them waits for the device.
-        """
-        self._changes_nothing = bool((self.mean == 0).all() & (self.std == 1).all())
 
     def get_classifier(self) -> nn.Module:
         """Return the network's last linear layer."""
@@ -183,8 +176,8 @@ def create_model(
             (``preact_resnet18`` with its BatchNorm before the classifier, ``cifar_resnet18`` post-activation,
             ``wide_resnet_<depth>_<widen>``, ``dm_wide_resnet_<depth>_<widen>`` with Swish); or ``small_cnn``.
         num_classes: Outputs K, at least 2.
-        mean: Subtracted, one number a channel. None: what timm says for its own architecture, else 0.
-        std: Divided by. None: what timm says for its own architecture, else 1.
+        mean: Subtracted, one number a channel. None: timm's for its own architectures, else 0.
+        std: Divided by. None: timm's for its own architectures, else 1.
         in_chans: Channels of the images.
         **kwargs: Passed to the architecture: ``pretrained=True`` for timm, ``width=16`` for a narrow ResNet.
 
@@ -278,7 +271,8 @@ def load_model(path: str | Path) -> Normalized:
     """Rebuild a trained model from a checkpoint (``*.safetensors``) that names its recipe.
 
     Args:
-        path: A weights file that this package wrote, such as ``RUN/checkpoints/best.safetensors``.
+        path: A weights file that this package wrote, such as ``RUN/checkpoints/best.safetensors``; its names may carry
+            prefixes, as ``load_weights`` takes them.
 
     Returns:
         The model on the CPU, in eval mode.
@@ -287,19 +281,24 @@ def load_model(path: str | Path) -> Normalized:
         FileNotFoundError: No such file.
         ValueError: Truncated, foreign, or of another architecture.
     """
-    recipe = read_recipe(path)
+    path = Path(path)
+    foreign = path.is_file() and path.suffix in _PYTORCH
+    recipe = None if foreign else read_recipe(path)
     if recipe is None:
-        raise ValueError(f"{path} names no recipe; build the model yourself and use runs.load_weights(model, path)")
+        raise ValueError(
+            f"{path} names no recipe; build the model yourself and use at_extensions.load_weights(model, path), or "
+            f"evaluate it: at-extensions evaluate DIR --model NAME --weights {path}"
+        )
     model = from_recipe(recipe)
     load_weights(model, path)
     return model.eval()
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """Return the last linear classifier of a model: what turns penultimate features into logits.
+    """Return the last linear classifier of a model, which maps penultimate features to logits.
 
     Raises:
-        ValueError: There is none that can be told (several heads, as in LeViT, or no linear layer).
+        ValueError: None is found: several heads, as in LeViT, or no linear layer.
     """
     if not isinstance(model, Normalized) and hasattr(model, "get_classifier"):
         head = model.get_classifier()
@@ -317,10 +316,10 @@ def classifier_of(model: nn.Module) -> nn.Module:
 def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Run one forward pass and return logits (B, K) with the penultimate features (B, D), both with graph.
 
-    The features are what enters the last linear classifier, caught by a pre-hook that is gone afterwards.
+    The features are the input of the last linear classifier, caught by a hook that is removed afterwards.
 
     Raises:
-        ValueError: The classifier cannot be told, or is not what made the logits.
+        ValueError: The classifier cannot be found, or did not make the logits.
     """
     caught: list[tuple[Tensor, Tensor]] = []
     head = classifier_of(model)
@@ -337,6 +336,25 @@ def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if len(caught) != 1 or caught[0][1].shape[0] != len(x) or caught[0][1].numel() != logits.numel():
         raise ValueError(f"{type(model).__name__}: the last linear layer does not make the logits")
     return logits, caught[0][0].flatten(1)
+
+
+def check_fits(model: nn.Module, image: Tensor, data: str) -> nn.Module:
+    """Return ``model`` if it takes images like ``image`` (C, H, W) in [0, 1]; ``data`` names their source in the error.
+
+    Raises:
+        ValueError: The model fails on such images, or its logits are not (B, K).
+    """
+    channels = (getattr(model, "recipe", None) or {}).get("in_chans", len(image))
+    shape = " x ".join(str(side) for side in image.shape)
+    if channels != len(image):  # normalisation would broadcast a single channel
+        raise ValueError(f"the model does not take images of {shape} from {data}: it is made for {channels} channels")
+    try:
+        with attacking(model), torch.no_grad():
+            check_logits(model(image[None].to(device_of(model))), 1)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the model does not take images of {shape} from {data}: {reason}") from error
+    return model
 
 
 def check_known(name: str) -> str:

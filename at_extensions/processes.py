@@ -91,6 +91,13 @@ def add_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Take the maximum of a tensor over all processes, entry by entry, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def gather(value: T) -> list[T]:
     """Return every process's value, in order of rank."""
     if world_size() == 1:

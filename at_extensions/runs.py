@@ -18,6 +18,9 @@ from at_extensions.checks import check_name
 KINDS = ("last", "best")
 """The checkpoints of a run: the newest, and the best by validation robust accuracy."""
 
+OWN_CHECKPOINT = "own checkpoint"
+"""The method in ``config.yaml`` of a run that was made of a user's checkpoint: its training is not on record."""
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -38,6 +41,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path, failure: type[Exception]) -> Iterator[None]:
+    """Raise the writer's own kind of error as an OSError that names the file."""
+    try:
+        yield
+    except (failure, OSError) as error:
+        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from error
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -78,11 +90,12 @@ def write_json(path: str | Path, data: dict | list) -> Path:
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write tensors as safetensors, atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # safetensors refuses views that share memory and strided layouts such as channels_last
     owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, _naming(path, SafetensorError):
         save_file(owned, temporary, metadata=metadata)
     return Path(path)
 
@@ -172,7 +185,7 @@ def _inside(module: nn.Module) -> str | None:
 
 
 def _plain_names(model: nn.Module) -> dict[str, str | None]:
-    """Return each name in a model's state dict without wrapping modules; None for what is a wrapper's own."""
+    """Return each name in a model's state dict without wrapping modules; None for a wrapper's own entries."""
     wrapping = {name: _inside(module) for name, module in model.named_modules(remove_duplicate=False)}
     return {key: _plain_name(key, wrapping) for key in model.state_dict()}
 
@@ -187,24 +200,6 @@ def _plain_name(key: str, wrapping: dict[str, str | None]) -> str | None:
             return None
         path = f"{path}.{part}" if path else part
     return ".".join(plain)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load weights that ``save_weights`` wrote into a model of the same architecture, in place.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Truncated, foreign, or of another architecture; the model is then unchanged.
-    """
-    tensors, _ = load_tensors(path)
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    other = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
-    if missing or foreign or other:
-        what = [f"{len(names)} {label} ({names[0]}, ...)" for label, names in
-                (("missing", missing), ("unknown", foreign), ("of another shape", other)) if names]  # fmt: skip
-        raise ValueError(f"{path} is a checkpoint of another architecture: tensors " + ", ".join(what))
-    model.load_state_dict(tensors)
 
 
 def read_recipe(path: str | Path) -> dict | None:
@@ -239,7 +234,7 @@ def versions() -> dict[str, str]:
 
 
 class RunDirectory:
-    """A folder that holds one training run and what was learned from it.
+    """A folder that holds one training run and its results.
 
     ``config.yaml``, ``metrics.jsonl`` (one line an epoch), ``checkpoints/{last,best}.safetensors`` with a state
     file beside them, and later ``evaluation.json``, ``examples.safetensors`` and ``report.html``.
@@ -310,7 +305,7 @@ class RunDirectory:
 
     def save_state(self, state: dict) -> None:
         """Write the whole training state (tensors, numbers, strings and their containers), atomically."""
-        with atomic(self.state_path()) as temporary:
+        with atomic(self.state_path()) as temporary, _naming(self.state_path(), RuntimeError):
             torch.save(state, temporary)
 
     def load_state(self, kind: str = "last") -> dict | None:
@@ -328,7 +323,7 @@ class RunDirectory:
             raise ValueError(f"{path} is truncated or foreign; delete it to start this run anew") from error
 
     def evaluation(self) -> dict | None:
-        """Return what ``evaluation.json`` holds, or None."""
+        """Return the content of ``evaluation.json``, or None."""
         return _read(self.path / "evaluation.json", json.loads, None)
 
     def write_evaluation(self, report: dict, examples: dict[str, Tensor] | None = None) -> None:

@@ -1,8 +1,7 @@
-"""Serve a module called ``autoattack`` where none is installed, so that robustbench imports as it is."""
+"""Serve a module called ``autoattack`` where none is installed, so that robustbench can be imported unchanged."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from importlib import import_module
@@ -11,17 +10,17 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-_HOME = "at_extensions.evaluation.served"  # upstream's interface over our driver; named here, imported at first use
-_REST = "pyautoattack"  # the attacks themselves, module for module as upstream has them
+_HOME = "at_extensions.evaluation.served"  # upstream's interface to our evaluation; imported at first use
+_REST = "pyautoattack"  # the attacks themselves, with upstream's modules
 
 
 def serve_autoattack() -> None:
     """Append the finder that serves ``autoattack``; does nothing if it is there already.
 
-    The finder is the last on ``sys.meta_path``, so an installed ``autoattack`` wins by itself. Nothing is loaded before
-    somebody imports ``autoattack``. What is then served: ``autoattack``, ``autoattack.autoattack`` and
-    ``autoattack.state`` are ours, with upstream's interface; ``autoattack.autopgd_base``, ``fab_pt``, ``square`` and
-    the other modules of attacks hold what ``pyautoattack`` has.
+    The finder is the last on ``sys.meta_path``, so an installed ``autoattack`` has precedence. Nothing is loaded before
+    ``autoattack`` is imported. Then ``autoattack``, ``autoattack.autoattack`` and ``autoattack.state`` are ours, with
+    upstream's interface; ``autoattack.autopgd_base``, ``fab_pt``, ``square`` and the other modules of attacks have the
+    contents of ``pyautoattack``'s.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
@@ -32,16 +31,18 @@ def backend() -> str:
     spec = importlib.util.find_spec("autoattack")
     if spec is None or isinstance(spec.loader, _Copy):
         return _REST
-    # somebody's own autoattack.py, or a folder of results of that name, is no upstream
+    # a user's own autoattack.py, or a folder of results of that name, is not upstream
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     return "autoattack" if any((folder / "autopgd_base.py").is_file() for folder in folders) else _REST
 
 
 def backend_version() -> str:
     """Return the backend's name and version, such as ``"pyautoattack 0.2.0"``."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return f"{backend()} {importlib.metadata.version(backend())}"
-    except importlib.metadata.PackageNotFoundError:  # on the path without being installed
+        return f"{backend()} {version(backend())}"
+    except PackageNotFoundError:  # on the path without being installed
         return backend()
 
 
@@ -51,7 +52,7 @@ def attack_module(name: str) -> ModuleType:
 
 
 class _Finder(MetaPathFinder):
-    """Finds ``autoattack`` and its modules for those that every other finder left unfound."""
+    """Finds ``autoattack`` and its modules where no other finder does."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         package, _, rest = fullname.partition(".")
@@ -68,13 +69,13 @@ class _Finder(MetaPathFinder):
 
 
 class _Copy(Loader):
-    """Fills a module with what another one holds."""
+    """Fills a module with the contents of another one."""
 
     def __init__(self, home: str):
         self.home = home
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Leave the making of the module to the import system."""
+        """Return None: the import system creates the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         home = import_module(self.home)
@@ -86,7 +87,7 @@ class _Copy(Loader):
 
 
 def _submodule_of(package: str):
-    """A module's ``__getattr__`` that imports ``package.name``: upstream's package loads its modules by itself."""
+    """A module's ``__getattr__`` that imports ``package.name``: upstream's package loads its own modules."""
 
     def load(name: str) -> ModuleType:
         try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from at_extensions import models, runs
 from at_extensions.models import classifier_of, create_model, fresh_like, list_models, logits_and_features
+from at_extensions.weights import load_weights
 
 PUBLISHED = {  # parameters with 10 classes
     "cifar_resnet18": 11_173_962,
@@ -187,6 +188,14 @@ def test_names_are_checked_without_building():
         models.check_known("wide_resnet_11_2")
 
 
+def test_a_model_that_fits_the_images_is_returned_unchanged(untouched):
+    model, image = create_model("small_cnn", 3, width=2).train(), images(1, size=8)[0]
+    with untouched(model):
+        assert models.check_fits(model, image, "digits") is model
+    with untouched(model), pytest.raises(ValueError, match="does not take images of 2 x 8 x 8 from digits: "):
+        models.check_fits(model, image[:2], "digits")
+
+
 def test_names_are_listed_by_pattern():
     listed = list_models()
     assert listed[0] == "small_cnn"
@@ -214,14 +223,14 @@ def test_a_recipe_survives_text_and_with_its_weights_gives_the_same_logits(tmp_p
     assert not loaded.training
     assert torch.equal(loaded(x), model(x))
     again = models.from_recipe(json.loads(json.dumps(model.recipe)))
-    runs.load_weights(again, path)
+    load_weights(again, path)
     assert torch.equal(again.eval()(x), model(x))
 
 
 def test_the_normalisation_that_a_checkpoint_brings_is_used(tmp_path):
     model = create_model("small_cnn", 3, width=2, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).eval()
     plain = create_model("small_cnn", 3, width=2).eval()
-    runs.load_weights(plain, runs.save_weights(model, tmp_path / "weights.safetensors"))
+    load_weights(plain, runs.save_weights(model, tmp_path / "weights.safetensors"))
     assert torch.equal(plain(images(size=8)), model(images(size=8)))
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from at_extensions import models, runs
 from at_extensions.models import create_model
 from at_extensions.runs import RunDirectory, find_runs
+from at_extensions.weights import load_weights
 
 # A process that imports once, then at each line it reads starts a child that writes two files over and over.
 WRITERS = """
@@ -170,7 +171,7 @@ def test_a_truncated_checkpoint_is_told_and_changes_nothing(untouched, net, weig
     whole = weights.read_bytes()
     weights.write_bytes(whole[: int(part * len(whole))])
     for read in (
-        lambda: runs.load_weights(net, weights),
+        lambda: load_weights(net, weights),
         lambda: runs.read_recipe(weights),
         lambda: models.load_model(weights),
     ):
@@ -179,34 +180,40 @@ def test_a_truncated_checkpoint_is_told_and_changes_nothing(untouched, net, weig
 
 
 def test_a_foreign_checkpoint_is_told_and_changes_nothing(untouched, net, tmp_path):
-    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    torch.save(net.state_dict(), tmp_path / "weights.safetensors")
     (tmp_path / "page.html").write_text("<html>404</html>")
-    for name in ("weights.pt", "page.html"):
-        with untouched(net), pytest.raises(ValueError, match="truncated or not a safetensors file"):
-            runs.load_weights(net, tmp_path / name)
+    for name, says in (("weights.safetensors", "truncated or not a safetensors file"), ("page.html", "is damaged")):
+        with untouched(net), pytest.raises(ValueError, match=says):
+            load_weights(net, tmp_path / name)
     for missing in (tmp_path / "none.safetensors", tmp_path):
         with untouched(net), pytest.raises(FileNotFoundError, match="no checkpoint"):
-            runs.load_weights(net, missing)
+            load_weights(net, missing)
 
 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (lambda: create_model("small_cnn", 3, width=4), r"tensors \d+ of another shape \(network"),
+        (
+            lambda: create_model("small_cnn", 3, width=4),
+            r"tensors \d+ of another shape \(network.features.0.weight: \(4, 3",
+        ),
         (lambda: create_model("small_cnn", 5, width=2), "2 of another shape"),
-        (lambda: nn.Linear(2, 2), r"tensors \d+ missing \(mean, \.\.\.\), 2 unknown \(bias, \.\.\.\)"),
+        (
+            lambda: nn.Linear(2, 2),
+            r"tensors \d+ missing \(mean, std, .*, \.\.\.\), 2 unknown \((weight|bias), (weight|bias)\)",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_architecture_is_told_and_changes_nothing(untouched, net, tmp_path, other, says):
     path = runs.save_weights(other(), tmp_path / "other.safetensors")
     with untouched(net), pytest.raises(ValueError, match="a checkpoint of another architecture.*" + says):
-        runs.load_weights(net, path)
+        load_weights(net, path)
 
 
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        (None, r"names no recipe; build the model yourself and use runs\.load_weights"),
+        (None, r"names no recipe; build the model yourself and use at_extensions\.load_weights"),
         ("resnet18", "holds no recipe of this package but 'resnet18'"),
         ("[1, 2]", "holds no recipe of this package"),
         ('{"name": "nonesuch", "num_classes": 3}', "unknown model 'nonesuch'"),
@@ -224,7 +231,7 @@ def test_a_header_without_a_recipe_of_ours_is_told(tmp_path, header, says):
 def test_weights_of_a_users_own_model_go_round_without_a_recipe(tmp_path, small_net, batch):
     path = runs.save_weights(small_net(1), tmp_path / "own.safetensors")
     net = small_net(2, train=False)
-    runs.load_weights(net, path)
+    load_weights(net, path)
     assert runs.read_recipe(path) is None
     assert torch.equal(net(batch(3)[0]), small_net(1, train=False)(batch(3)[0]))
 
@@ -236,7 +243,7 @@ def test_tied_weights_go_round(tmp_path):
         return nn.Sequential(a, b)
 
     first, second = tied(), tied()
-    runs.load_weights(second, runs.save_weights(first, tmp_path / "tied.safetensors"))
+    load_weights(second, runs.save_weights(first, tmp_path / "tied.safetensors"))
     assert torch.equal(second[0].weight, first[1].weight)
     assert second[0].weight is second[1].weight
 

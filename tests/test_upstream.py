@@ -30,10 +30,10 @@ def test_importing_the_package_loads_neither_torch_nor_the_attacks():
 def test_robustbench_imports_once_the_package_is():
     code = "import at_extensions\nfrom robustbench.eval import benchmark\nprint(benchmark.__name__)"
     assert run(code) == "benchmark"
-    assert "No module named 'autoattack'" in run("import autoattack")  # which is what is mended
+    assert "No module named 'autoattack'" in run("import autoattack")  # without us
 
 
-def test_a_real_autoattack_wins(tmp_path):
+def test_a_real_autoattack_has_precedence(tmp_path):
     package = tmp_path / "autoattack"
     package.mkdir()
     (package / "__init__.py").write_text("AutoAttack = 'the real one'\n")
@@ -45,17 +45,19 @@ def test_a_real_autoattack_wins(tmp_path):
         "import autoattack.state\n"
     )
     outcome = run(code, PYTHONPATH=str(tmp_path))
-    assert "No module named 'autoattack.state'" in outcome  # what a real one lacks is not slipped in
+    assert "No module named 'autoattack.state'" in outcome  # modules that the real one lacks are not added
     assert run(code.rsplit("import", 1)[0], PYTHONPATH=str(tmp_path)) == "the real one autoattack the real Square"
 
 
 @pytest.mark.parametrize("kind", ["script", "folder"])
-def test_what_only_has_the_name_is_no_backend(tmp_path, kind):
+def test_an_unrelated_module_of_that_name_is_no_backend(tmp_path, kind):
     if kind == "script":
         (tmp_path / "autoattack.py").write_text("print('my experiments')\n")
     else:
         (tmp_path / "autoattack").mkdir()
-    code = "from at_extensions import upstream\nprint(upstream.attack_module('square').SquareAttack.__module__)"
+    (tmp_path / "pyautoattack").mkdir()
+    (tmp_path / "pyautoattack" / "square.py").touch()  # in place of the installed one, which imports torch
+    code = "from at_extensions import upstream\nprint(upstream.attack_module('square').__name__)"
     assert run(code, PYTHONPATH=str(tmp_path)) == "pyautoattack.square"
 
 
@@ -88,7 +90,7 @@ def test_every_module_of_attacks_is_served():
     assert upstream.backend_version().startswith("pyautoattack ")
 
 
-def test_what_does_not_exist_is_not_served():
+def test_missing_modules_are_not_served():
     import autoattack
 
     with pytest.raises(ModuleNotFoundError, match=r"autoattack\.nonsense"):

@@ -1,7 +1,30 @@
-"""Measurements of a given model, and of an optimiser's diffusion."""
+"""Measurements of a given model, of a training gradient, and of an optimiser's diffusion."""
 
 from at_extensions.analysis import diffusion
 from at_extensions.analysis.criticality import LayerCriticality, layer_criticality
 from at_extensions.analysis.diffusion import effective_lr, gradient_noise, matched_lr
+from at_extensions.analysis.dispersion import Dispersion, local_dispersion
+from at_extensions.analysis.gradient_stability import GradientInstability, gradient_instability
+from at_extensions.analysis.overfitting import (
+    LabelAgreement,
+    RobustOverfitting,
+    label_agreement,
+    robust_overfitting,
+)
 
-__all__ = ["LayerCriticality", "diffusion", "effective_lr", "gradient_noise", "layer_criticality", "matched_lr"]
+__all__ = [
+    "Dispersion",
+    "GradientInstability",
+    "LabelAgreement",
+    "LayerCriticality",
+    "RobustOverfitting",
+    "diffusion",
+    "effective_lr",
+    "gradient_instability",
+    "gradient_noise",
+    "label_agreement",
+    "layer_criticality",
+    "local_dispersion",
+    "matched_lr",
+    "robust_overfitting",
+]

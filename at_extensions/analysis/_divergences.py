@@ -1,4 +1,4 @@
-"""How far apart two predictions are."""
+"""Divergences between two predicted distributions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DIVERGENCES = ("cosine", "js", "kl")
 
 
 def divergence(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return (B,): how far the predictions q are from p; exactly 0 where they are equal.
+    """Return the divergence of the predictions q from p, shape (B,); exactly 0 where they are equal.
 
     ``cosine`` is 1 - cos(p, q), computed as |p/|p| - q/|q||^2 / 2, which loses no digits near 0.
     ``js`` is KL(p, m) / 2 + KL(q, m) / 2 in bits with m = (p + q) / 2.

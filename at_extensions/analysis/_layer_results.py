@@ -1,4 +1,4 @@
-"""What a measurement of layer criticality found, with intervals over trials."""
+"""The result of a layer-criticality measurement, with confidence intervals over trials."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 CONFIDENCE = 0.95
-"""Of the intervals: Student's t over trials."""
+"""Confidence level of the intervals, which are Student's t intervals over trials."""
 
 
 @dataclass(repr=False)
 class LayerCriticality:
-    """Criticality of each layer of one model; numbers are fractions unless they say otherwise.
+    """Criticality of each layer of one model; numbers are fractions unless noted otherwise.
 
     Attributes:
-        values: By layer, its criticality in each trial.
-        accuracies: By layer, the accuracy after each trial's reset; None without labels.
-        accuracy: Of the model as it is; None without labels.
+        values: Layer name to its criticality in each trial.
+        accuracies: Layer name to the accuracy after each trial's reset; None without labels.
+        accuracy: Accuracy of the unchanged model; None without labels.
         divergence: ``"cosine"``, ``"js"`` or ``"kl"``.
-        reset: How layers were reset.
-        inputs: The attack on whose examples it was measured; None for the images as given.
-        n_images: How many images there were.
+        reset: The kind of reset, such as ``"random"``.
+        inputs: Name of the attack that made the adversarial examples; None for the images as given.
+        n_images: Number of images.
         seed: Trial t used ``seed + t``.
-        ci_width: The width that was asked of every interval, or None.
-        exact: Whether the reset has no chance in it, so that one trial says all.
-        tied: By layer, the further layers that share tensors with it and were reset with it.
-        whole: Layers for which the whole network was run each time, since too little could be kept.
-        wrapper: What the model's wrappers put before every layer name, such as ``"network."``.
+        ci_width: Largest accepted width of an interval, or None.
+        exact: Whether the reset is deterministic, so that one trial is exact.
+        tied: Layer name to the other layers that share tensors with it and were reset with it.
+        whole: Layers whose every reset ran the whole network, because of the memory limit.
+        wrapper: Prefix that the model's wrappers add to every layer name, such as ``"network."``.
     """
 
     values: dict[str, list[float]]
@@ -54,32 +54,32 @@ class LayerCriticality:
 
     @functools.cached_property
     def short_names(self) -> dict[str, str]:
-        """By layer, its name without the wrappers, by which models that are wrapped differently meet."""
+        """Layer name to its name without the wrapper prefix, the same in models that are wrapped differently."""
         return {name: name.removeprefix(self.wrapper) for name in self.values}
 
     @functools.cached_property
     def trials(self) -> dict[str, int]:
-        """By layer, how many trials there were."""
+        """Layer name to its number of trials."""
         return {name: len(values) for name, values in self.values.items()}
 
     @functools.cached_property
     def mean(self) -> dict[str, float]:
-        """By layer, its criticality: the mean over trials."""
+        """Layer name to its criticality: the mean over trials."""
         return {name: math.fsum(values) / len(values) for name, values in self.values.items()}
 
     @functools.cached_property
     def std(self) -> dict[str, float]:
-        """By layer, the standard deviation over trials (n - 1 in the denominator); NaN after one random trial."""
+        """Layer name to the standard deviation over trials (n - 1 in the denominator); NaN after one random trial."""
         return {name: 0.0 if self.exact else standard_deviation(values) for name, values in self.values.items()}
 
     @functools.cached_property
     def interval(self) -> dict[str, tuple[float, float]]:
-        """By layer, the 95 % t-interval of the mean over resets, cut to the possible range; NaN after one trial."""
+        """Layer name to the 95 % t-interval of the mean, clipped to the possible range; NaN after one random trial."""
         return {name: interval_of(v, self.divergence, self.exact) for name, v in self.values.items()}
 
     @functools.cached_property
     def accuracy_after(self) -> dict[str, float] | None:
-        """By layer, the accuracy after its reset, mean over trials; None without labels."""
+        """Layer name to the accuracy after its reset, the mean over trials; None without labels."""
         if self.accuracies is None:
             return None
         return {name: math.fsum(values) / len(values) for name, values in self.accuracies.items()}
@@ -91,13 +91,13 @@ class LayerCriticality:
 
     @property
     def unsettled(self) -> list[str]:
-        """Layers whose interval is still wider than ``ci_width``; none if no width was asked for."""
+        """Layers whose interval is still wider than ``ci_width``; empty if ``ci_width`` is None."""
         if self.ci_width is None:
             return []
         return [name for name, (low, high) in self.interval.items() if not high - low <= self.ci_width]
 
     def stage(self, layer: str) -> str:
-        """Return the part of the network that a layer belongs to: ``"layer1"`` for ``"layer1.0.conv2"``."""
+        """Return the stage of the network that a layer belongs to: ``"layer1"`` for ``"layer1.0.conv2"``."""
         parts = self.short_names[layer].split(".")
         numbered = re.search(r"\d$", parts[0])
         deep = len(parts) > 2 and re.search(r"\d$", parts[1])
@@ -111,10 +111,10 @@ class LayerCriticality:
         return {stage: math.fsum(values) / len(values) for stage, values in stages.items()}
 
     def minus(self, other: LayerCriticality) -> dict[str, tuple[float, float, float]]:
-        """Return by how much this exceeds ``other`` at each layer that both have: (difference, low, high).
+        """Return the difference to ``other`` at each common layer: (difference, low, high).
 
-        The ends are those of Welch's 95 % t-interval, NaN where one trial leaves them unknown. Layers are matched, and
-        named, without their wrappers.
+        Low and high are the ends of Welch's 95 % t-interval, NaN after a single trial. Layers are matched and named
+        without their wrapper prefix.
 
         Raises:
             ValueError: No layer in common.
@@ -134,7 +134,7 @@ class LayerCriticality:
         return mean, mean - half, mean + half
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers and strings; ``from_dict`` reads it back."""
+        """Return the result as plain numbers and strings; ``from_dict`` reads it back."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         layers = [self._row(name) for name in self.layers]
         return given | {"average": self.average, "stages": self.by_stage(), "layers": layers}
@@ -181,7 +181,7 @@ class LayerCriticality:
 
 
 def standard_deviation(values: Sequence[float]) -> float:
-    """With n - 1 in the denominator; NaN for one value."""
+    """Return the standard deviation with n - 1 in the denominator; NaN for one value."""
     if len(values) < 2:
         return math.nan
     mean = math.fsum(values) / len(values)
@@ -189,7 +189,7 @@ def standard_deviation(values: Sequence[float]) -> float:
 
 
 def half_width(std: float, n: int) -> float:
-    """Half the width of a 95 % t-interval of the mean of n values."""
+    """Return half the width of a 95 % t-interval of the mean of n values; NaN for one value."""
     return _quantile(n - 1) * std / math.sqrt(n) if n > 1 else math.nan
 
 
@@ -200,7 +200,7 @@ def _quantile(freedom: float) -> float:
 
 
 def interval_of(values: Sequence[float], divergence: str, exact: bool = False) -> tuple[float, float]:
-    """The 95 % t-interval of the mean, cut to what a divergence can be; NaN after one trial."""
+    """Return the 95 % t-interval of the mean, clipped to the range of the divergence; NaN after one random trial."""
     mean = math.fsum(values) / len(values)
     half = 0.0 if exact else half_width(standard_deviation(values), len(values))
     if math.isnan(half):

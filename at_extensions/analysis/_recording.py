@@ -1,4 +1,4 @@
-"""The forward pass of a network as a list of operations without side effects, for images of one shape."""
+"""The forward pass of a network as a list of side-effect-free operations, for images of one shape."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.func import functional_call, functionalize
 
 
 class CannotRecordError(Exception):
-    """The network's forward pass is no fixed list of operations; the message says why."""
+    """The forward pass is not a fixed list of operations; the message gives the reason."""
 
 
 class Slot(NamedTuple):
-    """Stands for a value in the arguments of an operation."""
+    """Placeholder for a value in the arguments of an operation."""
 
     number: int
 
@@ -31,32 +31,32 @@ class Operation(NamedTuple):
     inputs: frozenset[int]
 
     def __call__(self, values: Mapping[int, Any], others: Mapping[int, Any], target: Callable | None = None) -> Any:
-        """Run it on ``values`` and, for what they lack, ``others``; or run an equivalent ``target``."""
+        """Run the operation, or an equivalent ``target``, on ``values``; missing slots are read from ``others``."""
         args = [_fill(arg, values, others) for arg in self.args]
         kwargs = {key: _fill(arg, values, others) for key, arg in self.kwargs.items()}
         return (target or self.target)(*args, **kwargs)
 
 
 Pass = Sequence[tuple[Operation, Callable, tuple[int, ...]]]
-"""Some operations in order: what each runs as, and the slots that nobody reads after it."""
+"""Operations in order, each with the function to call and the slots that no later operation reads."""
 
 
 class Recording:
     """The operations that turn images of one shape into logits.
 
     Args:
-        model: In eval mode; it is run once. What it keeps of that run may be unfit for use.
+        model: A network in eval mode. It is run once; values that it stores during that run may be tracing proxies.
         state: Its parameters and buffers, each tensor under one name.
-        images: (B, C, H, W) of the shape that is to be recorded.
+        images: Images (B, C, H, W) of the shape to record.
 
     Attributes:
-        operations: In the order in which they run; only those that the logits depend on.
-        made: The slots that they fill.
-        fixed: Values that are there before the first operation: weights and constants, by slot.
-        image_slot: Where the images go.
+        operations: The operations that the logits depend on, in order of execution.
+        made: The slots that the operations fill.
+        fixed: Slot to weight or constant: the values that exist before the first operation.
+        image_slot: The slot of the images.
 
     Raises:
-        CannotRecordError: What the network does depends on values or on chance, or cannot be traced.
+        CannotRecordError: The forward pass depends on tensor values, draws random numbers, or cannot be traced.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor], images: Tensor):
@@ -80,7 +80,7 @@ class Recording:
         self.whole = self.compile(self.operations)
 
     def touched_by(self, names: Sequence[str]) -> list[Operation]:
-        """Return the operations whose result depends on the weights ``names``."""
+        """Return the operations whose results depend on the weights ``names``."""
         dirty = {self._weight_slots[name] for name in names}
         touched = []
         for op in self.operations:
@@ -90,11 +90,11 @@ class Recording:
         return touched
 
     def bytes_of(self, slots: set[int]) -> int:
-        """Return the memory that the values of ``slots`` take; views of one tensor count once, of weights not."""
+        """Return the bytes held by the values of ``slots``; views count once per tensor, those of weights never."""
         return sum(self._bytes[owner] for owner in {self._owners[slot] for slot in slots} if owner in self.made)
 
     def compile(self, operations: Sequence[Operation]) -> Pass:
-        """Return a pass over ``operations`` that frees early and overwrites what it made itself and reads no more."""
+        """Return a pass that frees each value after its last use and runs in place on its own values that are dead."""
         made = {op.slot for op in operations}
         last_reader = {slot: op.slot for op in operations for slot in op.inputs if slot in made}
         last_reader.pop(self._output, None)
@@ -108,7 +108,7 @@ class Recording:
         return steps
 
     def run(self, part: Pass, known: Mapping[int, Any], weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits: run ``part`` on the values in ``known``, with ``weights`` in place of the model's own."""
+        """Return the logits (B, K) of ``part``, run on the ``known`` values with ``weights`` as replacements."""
         values: dict[int, Any] = {self._weight_slots[name]: weight for name, weight in weights.items()}
         for op, target, frees in part:
             values[op.slot] = op(values, known, target)
@@ -163,7 +163,7 @@ def _output(node: fx.Node) -> fx.Node:
 
 
 def _operations(nodes: list[fx.Node], slots: dict[fx.Node, int], output: int) -> list[Operation]:
-    """What the output depends on, in order."""
+    """Return the operations that the output depends on, in order of execution."""
     wanted, operations = {output}, []
     for node in reversed(nodes):
         if node.op != "call_function" or slots[node] not in wanted:
@@ -177,7 +177,7 @@ def _operations(nodes: list[fx.Node], slots: dict[fx.Node, int], output: int) ->
 
 
 def _template(arg: Any, slots: dict[fx.Node, int]) -> Any:
-    """An argument with a slot for each node: lists are those that hold some, tuples those that hold none."""
+    """Return an argument with a slot for each node; sequences that hold slots become lists, all others tuples."""
     if isinstance(arg, fx.Node):
         return Slot(slots[arg])
     if isinstance(arg, (list, tuple)):
@@ -192,7 +192,7 @@ def _makes_views(node: fx.Node) -> bool:
 
 
 def _owners(nodes: list[fx.Node], slots: dict[fx.Node, int]) -> dict[int, int]:
-    """By slot, the slot whose memory it uses: its own, or that of the tensor that it is a view of."""
+    """Map each slot to the owner of its memory: itself, or the slot of the tensor that it is a view of."""
     owners: dict[int, int] = {}
     for node in nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -208,7 +208,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _overwriting(nodes: list[fx.Node], slots: dict[fx.Node, int], owners: dict[int, int]) -> dict[int, tuple]:
-    """By slot, the one that it may overwrite and the operator that does: as ReLU in place, the same numbers."""
+    """Map a slot to an input that it may overwrite and the in-place operator for it, such as ``relu_``."""
     overwriting = {}
     for node in nodes:
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -229,7 +229,7 @@ def _overwriting(nodes: list[fx.Node], slots: dict[fx.Node, int], owners: dict[i
 
 
 def _in_place(target: Any) -> Callable | None:
-    """The in-place variant of an ATen operator, or None."""
+    """Return the in-place variant of an ATen operator, or None."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
     packet = getattr(torch.ops.aten, target._schema.name.split("::")[1] + "_", None)

@@ -1,4 +1,4 @@
-"""Which tensors make up a layer, and what a reset puts in their place."""
+"""The tensors of a layer, and the tensors that a reset replaces them by."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from at_extensions.checks import check_name, unknown_name
 from at_extensions.untouched import random_state_kept, reseed
 
 RESETS = ("random", "norm_matched", "permute", "zero")
-"""What a reset puts in a layer's place, beside a state dict to rewind to."""
+"""Kinds of reset; a state dict to rewind to is accepted as well."""
 
-_REPEATED = ("random", "norm_matched", "permute")  # those that differ from trial to trial
+_REPEATED = ("random", "norm_matched", "permute")  # random: they differ from trial to trial
 
 Predicate = Callable[[str, nn.Module], bool]
 
 
 class Layer(NamedTuple):
-    """What is reset at once.
+    """A layer, or several tied ones, that is reset as a whole.
 
     Attributes:
         name: As in ``model.named_modules()``.
-        tied: Names of further layers that share a tensor, or its memory, with it; they are reset with it.
-        tensors: Its parameters and floating-point buffers, as ``unique_tensors`` calls them.
-        parameters: Those of them that are parameters.
+        tied: Names of other layers that share a tensor, or its memory, with it; they are reset with it.
+        tensors: Names of its parameters and floating-point buffers, as in ``unique_tensors``.
+        parameters: The names among ``tensors`` that are parameters.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters and buffers by name, a shared one under its first name alone, without gradients."""
+    """Return a model's parameters (detached) and buffers by name, each shared tensor under its first name alone."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return tensors | dict(model.named_buffers())
 
@@ -48,7 +48,7 @@ def choose_layers(model: nn.Module, layers: Predicate | Sequence[str] | None) ->
     """Return the layers to reset.
 
     Args:
-        model: Whose layers they are.
+        model: The network.
         layers: None for every Conv2d and Linear, a predicate ``(name, module) -> bool``, or names.
 
     Raises:
@@ -83,7 +83,7 @@ def _floating(module: nn.Module) -> list[Tensor]:
 
 
 def _tied_groups(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[list[str]]:
-    """Put layers that share tensors together, in the order of their first; one inside another is not tied to it."""
+    """Group layers that share tensors, ordered by each group's first layer; nested layers do not count as tied."""
     places = {name: {(t.data_ptr(), t.shape) for t in _floating(modules[name]) if t.numel()} for name in names}
     groups: list[list[str]] = []
     for name in names:
@@ -109,18 +109,18 @@ def _layer(model: nn.Module, group: Sequence[str], modules: Mapping[str, nn.Modu
 
 
 class Resets:
-    """The weights that each layer is given in each trial.
+    """The replacement tensors of each layer in each trial.
 
     Args:
         kind: One of ``RESETS``, or a state dict to rewind to.
         fresh: ``seed -> module``, an untrained network of the same architecture.
         seed: Trial t uses ``seed + t``.
         state: The trained tensors, by name.
-        layers: What will be reset.
+        layers: The layers to reset.
 
     Attributes:
-        name: How results call the kind.
-        repeated: Whether trials differ.
+        name: The kind of reset, as results name it.
+        repeated: Whether the reset is random, so that trials differ.
 
     Raises:
         TypeError: ``fresh`` is no function.
@@ -156,7 +156,7 @@ class Resets:
         return [{name: self._tensor(name, layer, trial, source) for name in layer.tensors} for layer in layers]
 
     def bytes_of(self, layer: Layer) -> int:
-        """Return the memory that one reset of ``layer`` takes."""
+        """Return the bytes that one reset of ``layer`` takes."""
         return sum(self._state[name].numel() * self._state[name].element_size() for name in layer.tensors)
 
     def _fresh_tensors(self, seed: int, layers: Sequence[Layer]) -> dict[str, Tensor]:
@@ -190,18 +190,18 @@ class Resets:
 
 
 def _laid_out_like(trained: Tensor, values: Tensor) -> Tensor:
-    """A copy with the device, dtype and memory format of ``trained``, as assigning to it in place would give."""
+    """Return a copy of ``values`` with the device, dtype and memory format of ``trained``."""
     return torch.empty_like(trained).copy_(values.detach())
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """A generator for one tensor, so that its draws do not depend on which others are reset."""
+    """Return a generator for one tensor, so that its draws do not depend on the choice of layers."""
     state = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def _check_tensors(
-    what: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], layers: Sequence[Layer]
+    source: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], layers: Sequence[Layer]
 ) -> None:
     wanted = [name for layer in layers for name in layer.tensors]
     missing = [name for name in wanted if name not in tensors]
@@ -209,9 +209,9 @@ def _check_tensors(
     if missing:
         there = next(iter(tensors), "nothing")
         raise ValueError(
-            f"{what} lacks {len(missing)} of the model's tensors ({missing[0]!r}, ...; its first is {there!r}); it "
+            f"{source} lacks {len(missing)} of the model's tensors ({missing[0]!r}, ...; its first is {there!r}); it "
             "must be of the same architecture, wrapped in the same way"
         )
     if other:
         shapes = f"{tuple(tensors[other[0]].shape)} instead of {tuple(state[other[0]].shape)}"
-        raise ValueError(f"{what} has {len(other)} tensors of another shape ({other[0]!r}: {shapes}, ...)")
+        raise ValueError(f"{source} has {len(other)} tensors of another shape ({other[0]!r}: {shapes}, ...)")

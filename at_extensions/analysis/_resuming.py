@@ -1,4 +1,4 @@
-"""Running a network with one layer changed, again and again, without computing anew what the layer cannot reach."""
+"""Repeated forward passes with one layer changed, resumed from stored activations."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from at_extensions.analysis._recording import Operation, Recording
 from at_extensions.untouched import reseed
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
-"""From the weights that replace a layer's own to the logits of the batch."""
+"""Function from a layer's replacement weights to the logits (B, K) of the batch."""
 
 
 class Schedule:
-    """The order in which layers are visited on a batch, and what is kept from one to the next.
+    """The order in which layers are visited on a batch, and the activations stored between visits.
 
-    The unchanged pass advances from layer to layer. A value stays as long as a later part of it or the pass of a layer
-    that is still to come reads it, so at any moment little more than the inputs of one block is held.
+    The unchanged forward pass advances from layer to layer. A value is stored until its last reader has run, be that a
+    later operation of the unchanged pass or the changed pass of a layer not yet visited. At any moment little more than
+    the inputs of one block is held.
 
     Args:
-        recording: The network's.
-        layers: By layer, the names of the weights that it replaces.
-        limit: Bytes that may be held; layers that would need more run the whole network.
+        recording: The recorded network.
+        layers: For each layer, the names of its weights.
+        limit: Bytes of activations that may be held; layers that need more run the whole network.
 
     Attributes:
-        resumed: Numbers of the layers that are resumed from kept values, in the order of the visit.
-        whole: Numbers of the layers that run the whole network.
-        idle: Numbers of the layers that the logits do not depend on; they are not visited.
+        resumed: Indices of the layers that are resumed from stored values, in order of visit.
+        whole: Indices of the layers that run the whole network.
+        idle: Indices of the layers that the logits do not depend on; they are not visited.
     """
 
     def __init__(self, recording: Recording, layers: Sequence[Sequence[str]], limit: int):
@@ -50,7 +51,7 @@ class Schedule:
             self.whole.append(largest)
 
     def _lay_out(self) -> int:
-        """Deal the unchanged pass out to the resumed layers; return the largest number of bytes held at one."""
+        """Split the unchanged pass among the resumed layers; return the peak number of bytes held."""
         made = self._recording.made
         maker = {op.slot: op for op in self._recording.operations}
         done: set[int] = set()
@@ -74,7 +75,7 @@ class Schedule:
         return most
 
     def _visit(self, held: dict[int, Any], compute: Callable[[Operation], Any]) -> Iterator[int]:
-        """Yield the resumed layers in order, each once ``held`` has the values that it needs."""
+        """Yield the resumed layers in order, each as soon as ``held`` contains its inputs."""
         readers = dict(self._readers)
         for i, advance in zip(self.resumed, self._advances):
             for op in advance:
@@ -84,10 +85,12 @@ class Schedule:
             _release(self._needs[i], readers, held)
 
     def over(self, images: Tensor) -> Iterator[tuple[int, Run]]:
-        """Yield the number of each layer to visit, with the function that runs it; valid until the next is asked for.
+        """Yield the index of each visited layer and a function that runs the network with its weights replaced.
+
+        The function is valid until the iterator advances.
 
         Args:
-            images: (B, C, H, W), the shape that was recorded.
+            images: Images (B, C, H, W) of the recorded shape.
         """
         recording = self._recording
         values = recording.fixed | {recording.image_slot: images}
@@ -98,7 +101,7 @@ class Schedule:
 
 
 def _release(slots: Sequence[int] | set[int], readers: dict[int, int], held: dict[int, Any]) -> None:
-    """Count one reader less for each slot, and let go of the values that no reader is left for."""
+    """Decrement the number of readers of each slot, and discard values without readers."""
     for slot in slots:
         if slot in readers:
             readers[slot] -= 1
@@ -107,17 +110,23 @@ def _release(slots: Sequence[int] | set[int], readers: dict[int, int], held: dic
 
 
 class WholeNetwork:
-    """What ``Schedule`` is for a network that cannot be recorded: every reset runs all of it."""
+    """Substitute of ``Schedule`` for a network that cannot be recorded: every reset runs the whole network.
+
+    Args:
+        model: The network.
+        layers: Number of layers.
+        seed: Seed of the global random state before each forward pass.
+    """
 
     def __init__(self, model: nn.Module, layers: int, seed: int):
         self.whole, self.resumed, self.idle = list(range(layers)), [], []
         self._model, self._seed = model, seed
 
     def over(self, images: Tensor) -> Iterator[tuple[int, Run]]:
-        """Yield the number of each layer with the function that runs it on ``images``."""
+        """Yield the index of each layer and a function that runs the network with its weights replaced."""
 
         def run(weights: Mapping[str, Tensor]) -> Tensor:
-            reseed(self._seed)  # a random network meets the same chance in every pass
+            reseed(self._seed)  # a random network draws the same numbers in every pass
             return functional_call(self._model, dict(weights), (images.clone(),))
 
         for number in self.whole:

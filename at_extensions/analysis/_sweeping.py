@@ -1,4 +1,4 @@
-"""One sweep over the images: every layer's resets measured on each batch, from kept inputs where the network allows."""
+"""One sweep over the images: the resets of every layer measured batch by batch, from stored inputs if possible."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ log = logging.getLogger(__name__)
 
 
 class Sweeper:
-    """Measures resets of layers, sweep after sweep, on the same images.
+    """Measures resets of layers on the same images in one or more sweeps.
 
     Args:
-        model: As ``untouched`` hands it out.
-        state: Its tensors by name, each once.
-        layers: What is reset.
-        images: (N, C, H, W), float in [0, 1] or uint8.
-        labels: (N,) or None.
-        batch_size: Images a batch at most.
+        model: The network in eval mode, inside the ``untouched`` context.
+        state: Its parameters and buffers, each tensor under one name.
+        layers: The layers to reset.
+        images: Images (N, C, H, W), float in [0, 1] or uint8.
+        labels: Class numbers (N,) or None.
+        batch_size: Largest number of images in a batch.
         kind: One of ``DIVERGENCES``.
         limit: Bytes of activations that may be held.
-        seed: Of what a random forward pass draws.
+        seed: Seed of the global random state before each forward pass.
 
     Attributes:
-        accuracy: Of the model as it is, after the first sweep; None without labels.
-        whole: Numbers of the layers that ran the whole network in some sweep.
+        accuracy: Accuracy of the unchanged model, after the first sweep; None without labels.
+        whole: Indices of the layers that ran the whole network in any sweep.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Sweeper:
     def sweep(
         self, resets: Mapping[tuple[int, int], Weights], tick: Callable[[], object] = lambda: None
     ) -> dict[tuple[int, int], list[float]]:
-        """Measure resets; return for each the mean divergence and, with labels, the accuracy.
+        """Return the mean divergence and the accuracy (0 without labels) after each reset.
 
         Args:
-            resets: By (layer, trial), the layer's new tensors.
+            resets: (layer, trial) to the replacement tensors of the layer.
             tick: Called after each reset on each batch.
 
         Raises:
-            ValueError: Logits of another shape or not finite, or labels out of range.
+            ValueError: The logits are not (B, K) or not finite, or labels are out of range.
         """
         trials: dict[int, list[int]] = {}
         for layer, trial in resets:
@@ -129,7 +129,7 @@ class Sweeper:
         return schedule
 
     def _record(self, x: Tensor) -> Recording:
-        """Record the network, and compare with it on other weights and other images."""
+        """Record the network, and compare the recording with it on other weights and other images."""
         recording = Recording(self._model, self._state, x)
         other = {name: t.flatten().roll(1).view_as(t) for name, t in self._state.items() if t.is_floating_point()}
         darker = (1 - x) / 2
@@ -154,10 +154,10 @@ class Sweeper:
 def batches(
     images: Tensor, labels: Tensor | None, batch_size: int, state: Weights
 ) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-    """Yield images of one shape, the labels of the first n of them, and n.
+    """Yield batches of one shape (B, C, H, W), the labels of their first n images, and n.
 
-    Batches are as even as ``batch_size`` allows, and the last is filled up with its last image, so that all are of one
-    shape. Images come on the device and in the floating-point type of a model's ``state``.
+    Batches are as even as ``batch_size`` allows, and the last one is padded with copies of its last image. Images are
+    moved to the device and the floating-point type of a model's ``state``.
     """
     like = next((t for t in state.values() if t.is_floating_point()), torch.zeros(0))
     size = -(-len(images) // -(-len(images) // batch_size))
@@ -170,7 +170,7 @@ def batches(
 
 
 def _right(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """How many predictions are right, as a float64 scalar; NaN-free zero without labels."""
+    """Return the number of correct predictions as a float64 scalar; zero without labels."""
     if labels is None:
         return torch.zeros((), dtype=torch.float64, device=logits.device)
     return (logits.argmax(1) == labels).sum().double()

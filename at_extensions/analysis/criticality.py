@@ -1,4 +1,4 @@
-"""Layer criticality: how far a network's predictions move when one layer is reset."""
+"""Layer criticality: the change of a network's predictions when one layer is reset."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from at_extensions.analysis._sweeping import Sweeper, batches
 from at_extensions.attacks import RandomStream, check_attack, perturb
 from at_extensions.checks import check_count, check_images, check_labels, check_model, check_name, check_number
 from at_extensions.models import fresh_like
+from at_extensions.progress import bar
 from at_extensions.untouched import untouched
 
 
@@ -39,19 +40,19 @@ def layer_criticality(
     memory_limit: int = 2 * 2**30,
     progress: bool = True,
 ) -> LayerCriticality:
-    """Reset one layer at a time and measure how far the predictions move ("Criticality", arXiv 2410.14470).
+    """Reset one layer at a time and measure the change of the predictions ("Criticality", arXiv 2410.14470).
 
-    With p = softmax f(x) and p' the same after layer l got the tensors of an untrained network drawn with
-    ``seed + t``, criticality(l) = 1 - mean over t and x of cos(p, p'). All else stays as trained, BatchNorm's
-    statistics too. Every layer meets the same images and, in trial t, the same untrained network.
+    With p = softmax f(x), and p' the same after layer l received the tensors of an untrained network drawn with
+    ``seed + t``, criticality(l) = 1 - mean over t and x of cos(p, p'). All other tensors stay as trained, including
+    BatchNorm's statistics. Every layer is measured on the same images and, in trial t, with the same untrained network.
 
-    The forward pass is recorded as a list of operations, so that a reset computes anew only what depends on the layer;
-    where that cannot be done (control flow that depends on data, say) the whole network runs. The model is measured in
-    eval mode and comes back as it was.
+    The forward pass is recorded as a list of operations, and a reset recomputes only the operations that depend on the
+    layer. Where recording is not possible (data-dependent control flow, for example), the whole network runs. The model
+    is measured in eval mode and left unchanged.
 
     The same seed gives the same numbers for any ``memory_limit``, bit for bit on the CPU. Another ``batch_size``
-    changes how the kernels round, no more (about 1e-6 in float32); with an attack that starts at random it can also
-    change the draws, and so the examples.
+    changes only the rounding of the kernels (about 1e-6 in float32); with a randomly started attack it can also change
+    the draws, and therefore the adversarial examples.
 
     Args:
         model: Classifier of images in [0, 1] that returns logits (B, K).
@@ -59,30 +60,31 @@ def layer_criticality(
         labels: Class numbers (N,), for ``accuracy_after`` and for the attack (which otherwise attacks predictions).
         fresh: ``seed -> module``, an untrained network of the same architecture; None means ``fresh_like``, for models
             that ``create_model`` made. Only ``"random"`` and ``"norm_matched"`` resets use it.
-        trials: Resets of each layer, at least 1. One is enough, and all that is done, for resets without chance.
-        layers: What to reset: None for every Conv2d and Linear, names, or a predicate ``(name, module) -> bool``.
+        trials: Resets of each layer, at least 1. Deterministic resets are done once, whatever the number.
+        layers: The layers to reset: None for every Conv2d and Linear, names, or a predicate ``(name, module) -> bool``.
             Layers that share a tensor are reset together, with a warning, under the first one's name.
-        reset: ``"random"``; ``"norm_matched"``, random tensors scaled to the norm of the trained ones (what is drawn
-            as zero stays zero); ``"permute"``, each trained tensor shuffled; ``"zero"``; or a state dict to rewind to.
+        reset: ``"random"``; ``"norm_matched"``, random tensors scaled to the norm of the trained ones (tensors drawn
+            as zero stay zero); ``"permute"``, each trained tensor shuffled; ``"zero"``; or a state dict to rewind to.
             The middle three leave buffers, such as BatchNorm's statistics, as trained.
-        inputs: An attack on this model, to measure on its adversarial examples, made once from the model as it is.
+        inputs: An attack on this model: criticality is measured on its adversarial examples, made once from the
+            unchanged model.
         divergence: ``"cosine"``; ``"js"``, Jensen-Shannon in bits; or ``"kl"``, KL(p, p') in nats.
-        batch_size: Images at a time, at most.
-        seed: At least 0.
-        ci_width: Go on with trials until each layer's 95 % interval is at most this wide, layer by layer. Stopping at
-            the first interval that is narrow enough makes intervals a little too narrow.
-        max_trials: Where ``ci_width`` stops at the latest.
-        memory_limit: Bytes that may be kept to save work, half for untrained weights (one network's are always kept)
-            and half for activations. Layers whose inputs do not fit run the whole network.
-        progress: Show a bar where the error stream is a terminal.
+        batch_size: Largest number of images in a batch.
+        seed: Seed of the resets and of random forward passes, at least 0.
+        ci_width: Add trials to each layer until its 95 % interval is at most this wide. Stopping at the first interval
+            that is narrow enough makes intervals slightly too narrow.
+        max_trials: Largest number of trials of a layer with ``ci_width``.
+        memory_limit: Bytes that may be held to save work, half for untrained weights (those of one network are always
+            held) and half for activations. Layers whose inputs do not fit run the whole network.
+        progress: Show progress: a bar on a terminal, else lines.
 
     Returns:
         A ``LayerCriticality``.
 
     Raises:
         TypeError: An argument of the wrong kind.
-        ValueError: Images outside [0, 1] or none, labels out of range, an unknown layer (the nearest are named),
-            ``fresh`` or a state dict of another architecture, numbers out of range, logits that are not finite.
+        ValueError: Images outside [0, 1] or none, labels out of range, an unknown layer (the message names the nearest
+            ones), ``fresh`` or a state dict of another architecture, numbers out of range, logits that are not finite.
     """
     given, model = model, getattr(check_model(model), "_orig_mod", model)  # torch.compile's wrapper renames layers
     _check_data(images, labels)
@@ -117,7 +119,7 @@ def layer_criticality(
 
 @dataclass
 class _Plan:
-    """How many trials a layer gets."""
+    """The number of trials of each layer, fixed or until its interval is narrow enough."""
 
     trials: int
     max_trials: int
@@ -125,7 +127,7 @@ class _Plan:
     divergence: str
 
     def more(self, values: Sequence[float]) -> int:
-        """How many trials to add to these: enough for the width as far as one can tell, at most as many again."""
+        """Return the number of trials to add, estimated from the present spread; at most as many as there are."""
         done = len(values)
         if done < self.trials:
             return self.trials
@@ -143,17 +145,15 @@ class _Plan:
 def _measure(
     sweeper: Sweeper, layers: Sequence[Layer], resets: Resets, plan: _Plan, limit: int, progress: bool
 ) -> list[list[list[float]]]:
-    """By layer and trial, the mean divergence and the accuracy."""
-    from tqdm import tqdm
-
+    """Return the mean divergence and the accuracy of each layer in each trial."""
     rows: list[list[list[float]]] = [[] for _ in layers]
-    with tqdm(desc="criticality", unit="reset", total=0, disable=None if progress else True) as bar:
+    with bar(text="criticality", unit="resets", total=0, show=progress, every=60) as shown:
         while True:
             counts = [len(row) for row in rows]
             more = [plan.more([moved for moved, _ in row]) for row in rows]
             if not any(more):
                 return rows
-            bar.total += sum(more) * len(sweeper)
+            shown.total += sum(more) * len(sweeper)
             wanted = [range(n, n + extra) for n, extra in zip(counts, more)]
             for trials in _parts(wanted, [resets.bytes_of(layer) for layer in layers], limit):
                 drawn = {}
@@ -161,17 +161,17 @@ def _measure(
                     numbers = [i for i, asked in enumerate(wanted) if trial in asked]
                     new = resets.trial(trial, [layers[i] for i in numbers])
                     drawn |= {(i, trial): tensors for i, tensors in zip(numbers, new)}
-                for (i, _), row in sweeper.sweep(drawn, bar.update).items():
+                for (i, _), row in sweeper.sweep(drawn, shown.update).items():
                     rows[i].append(row)
 
 
 def _parts(wanted: Sequence[range], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Deal trials out, at least one at a time, so that the new weights of a part stay within ``limit`` bytes.
+    """Yield groups of trials whose replacement weights stay within ``limit`` bytes; a group has at least one trial.
 
     Args:
-        wanted: By layer, its trials.
-        sizes: By layer, its bytes.
-        limit: Of a part.
+        wanted: The trials of each layer.
+        sizes: The bytes of each layer's weights.
+        limit: Bytes of a group.
     """
     part, held = [], 0
     for trial in sorted({t for asked in wanted for t in asked}):
@@ -193,7 +193,7 @@ def _adversarial(
     state: Mapping[str, Tensor],
     seed: int,
 ) -> Tensor:
-    """Adversarial examples of all images, kept where the images are."""
+    """Return the adversarial examples of all images, on the images' own device."""
     stream, examples = RandomStream(seed), []
     with untouched(model):
         for x, y, n in batches(images, labels, batch_size, state):
@@ -232,7 +232,7 @@ def _warn_of_tied(layers: Sequence[Layer]) -> None:
 
 
 def _wrapper(model: nn.Module) -> str:
-    """The common beginning of layer names that comes from modules around the network itself."""
+    """Return the prefix of all layer names that comes from modules around the network itself."""
     prefix = ""
     while True:
         inner = [(n, m) for n, m in model.named_children() if next(m.parameters(), None) is not None]

@@ -1,13 +1,13 @@
-"""Diffusion of SGD and DEAT: how far gradients move the weights, and how far their noise does.
+"""Diffusion of SGD and DEAT: the displacement of the weights by gradients and by gradient noise.
 
 An optimiser that is linear in its gradients moves by -lr sum_k c_k g_{t-k}. With white gradient noise of variance v
 
 - its *effective learning rate* is lr sum_k c_k: many steps move by minus this times the sum of all gradients;
-- *one step* carries noise of variance v lr^2 sum_k c_k^2;
-- over a *long run*, steps carry v (lr sum_k c_k)^2 each: whatever alternates in sign has cancelled.
+- *one step* has noise of variance v lr^2 sum_k c_k^2;
+- over a *long run*, the noise is v (lr sum_k c_k)^2 per step: parts that alternate in sign have cancelled.
 
 The stochastic differential equation of SGD, d theta = -grad dt + sqrt(lr/b) B dW, puts lr/b into one unit of drift. An
-optimiser's noise per drift is therefore the lr/b that plain SGD would need for it, in one step or over a long run.
+optimiser's noise per drift is therefore the lr/b at which plain SGD has the same, in one step or over a long run.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from at_extensions.optim import DEAT
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Diffusion:
-    """What an optimiser makes of gradients and of their noise; the module's docstring defines the terms.
+    """Displacement of the weights by gradients and by their noise; the module's docstring defines the terms.
 
     Attributes:
-        optimizer: Its name and options.
+        optimizer: Name and options of the optimiser.
         lr: Nominal learning rate.
         batch_size: Samples b behind a gradient.
-        noise: Variance of a gradient, in whose units the two variances are.
-        effective_lr: How far many steps move per unit of summed gradient.
+        noise: Variance of a gradient, the unit of the two variances below.
+        effective_lr: Displacement over many steps per unit of summed gradient.
         one_step_variance: Variance of the displacement in one step.
         long_run_variance: Variance of the displacement over many steps, divided by their number.
         lr_batch_ratio: Nominal lr / b, the paper's measure of diffusion.
@@ -71,14 +71,14 @@ class Diffusion:
 
 
 def effective_lr(optimizer: Optimizer, *, group: int = 0) -> float:
-    """Return how far many steps move per unit of summed gradient, weight decay aside.
+    """Return the displacement over many steps per unit of summed gradient, without weight decay.
 
-    Plain SGD: lr. SGD with momentum mu and dampening tau: lr (1 - tau) / (1 - mu), with Nesterov's too. DEAT: lr /
-    sqrt((1 + k1)^2 + k1^2). So at one nominal lr, SGD with momentum 0.9 moves 22 times as far as DEAT.
+    Plain SGD: lr. SGD with momentum mu and dampening tau: lr (1 - tau) / (1 - mu), with the same with Nesterov's. DEAT:
+    lr / sqrt((1 + k1)^2 + k1^2). At equal nominal lr, SGD with momentum 0.9 therefore moves 22 times as far as DEAT.
 
     Args:
         optimizer: ``torch.optim.SGD`` or ``DEAT``.
-        group: Which of its parameter groups.
+        group: Index of the parameter group.
 
     Raises:
         TypeError: Another optimiser.
@@ -89,12 +89,12 @@ def effective_lr(optimizer: Optimizer, *, group: int = 0) -> float:
 
 
 def matched_lr(optimizer_a: Optimizer, optimizer_b: Optimizer, *, group: int = 0) -> float:
-    """Return the nominal lr at which ``optimizer_b`` has the effective lr that ``optimizer_a`` has now.
+    """Return the nominal lr at which ``optimizer_b`` has the present effective lr of ``optimizer_a``.
 
     Args:
-        optimizer_a: ``torch.optim.SGD`` or ``DEAT``, at the lr to be matched.
-        optimizer_b: ``torch.optim.SGD`` or ``DEAT``; its own lr plays no part.
-        group: Which parameter group of each.
+        optimizer_a: ``torch.optim.SGD`` or ``DEAT``, at the lr to match.
+        optimizer_b: ``torch.optim.SGD`` or ``DEAT``; its own lr is not used.
+        group: Index of the parameter group in each.
 
     Raises:
         TypeError: Another optimiser.
@@ -109,14 +109,14 @@ def matched_lr(optimizer_a: Optimizer, optimizer_b: Optimizer, *, group: int = 0
 
 
 def diffusion(optimizer: Optimizer, batch_size: int, *, noise: float = 1.0, group: int = 0) -> Diffusion:
-    """Work out the diffusion of an optimiser at its present lr, for gradient noise that is white in time.
+    """Return the diffusion of an optimiser at its present lr, for gradient noise that is white in time.
 
     Args:
         optimizer: ``torch.optim.SGD`` (plain, with momentum, dampened or Nesterov) or ``DEAT``.
-        batch_size: Samples behind a gradient, over all processes.
-        noise: Variance of a gradient; 1 gives variances in units of it, ``gradient_noise(...).variance`` absolute ones
-            (summed over the weights).
-        group: Which of its parameter groups.
+        batch_size: Samples per gradient, over all processes.
+        noise: Variance of a gradient. With 1, the variances are in units of it; with ``gradient_noise(...).variance``
+            they are absolute (summed over the weights).
+        group: Index of the parameter group.
 
     Raises:
         TypeError: Another optimiser.
@@ -176,9 +176,9 @@ class GradientNoise:
     Attributes:
         variance: Variance of the gradient of one batch, summed over the weights (the trace of its covariance).
         per_sample: The same for a batch of one, if samples are independent: batch_size * variance.
-        signal: Squared norm of the mean gradient, without the part that is noise; may fall below 0 where that is all.
+        signal: Unbiased estimate of the squared norm of the mean gradient; may fall below 0 where noise dominates.
         batch_size: Samples in a batch.
-        batches: How many were measured.
+        batches: Number of measured batches.
     """
 
     variance: float
@@ -208,17 +208,17 @@ def gradient_noise(
 ) -> GradientNoise:
     """Measure the variance of a model's batch gradients at its present weights, one pass over ``batches``.
 
-    The model is left as it was. The pass keeps one mean gradient; dropout and the like are off.
+    The model is left unchanged. Memory holds one mean gradient; dropout is off.
 
     Args:
         model: Classifier of images in [0, 1].
-        batches: Images (B, C, H, W) in [0, 1] and labels (B,), at least two batches of one size, drawn at random; what
-            follows them, such as an index, is unused.
+        batches: Images (B, C, H, W) in [0, 1] and labels (B,), at least two batches of one size, drawn at random;
+            further items, such as an index, are ignored.
         attack: A torchattacks attack on that model, to measure the gradients of adversarial training.
         loss: Logits (B, K) and labels (B,) to a scalar that averages over the batch.
-        batchnorm: How BatchNorm normalises in the gradients: by the batch's own statistics (``"train"``, as in
-            training; running ones are not updated) or by running ones (``"eval"``). Attacks see running ones.
-        seed: Where the stream of random starts of the attack begins.
+        batchnorm: Statistics of BatchNorm in the gradients: the batch's own (``"train"``, as in training; the running
+            ones are not updated) or the running ones (``"eval"``). Attacks use the running ones.
+        seed: Seed of the attack's random starts.
 
     Raises:
         TypeError: Not a module, not an attack, or batches of the wrong kind.

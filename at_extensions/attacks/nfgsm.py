@@ -14,7 +14,7 @@ class NFGSM(Attack):
     """N-FGSM (de Jorge et al. 2022, "Make Some Noise", arXiv 2202.01181): noise of k eps, then a step of alpha.
 
     x' = clip(x + U(-k eps, k eps));  x_adv = clip(x' + alpha sign(grad loss(f(x')))), clipped to [0, 1] alone. The
-    perturbation therefore reaches k eps + alpha, which is what keeps single-step training from catastrophic
+    perturbation therefore reaches k eps + alpha, which keeps single-step training from catastrophic
     overfitting.
 
     Args:

@@ -53,7 +53,7 @@ class PGD(torchattacks.PGD):
         Args:
             images: (B, C, H, W) in [0, 1].
             labels: (B,); with a ``loss`` of your own they are only used by it.
-            loss: What to maximise; None means cross-entropy with ``labels`` (or minus the one with the targets, in
+            loss: Loss to maximise; None means cross-entropy with ``labels`` (or minus the one with the targets, in
                 torchattacks' targeted modes).
         """
         images, labels = beside_model(self, images, labels)

@@ -8,8 +8,9 @@ from typing import Any
 
 from at_extensions.analysis import LayerCriticality, layer_criticality
 from at_extensions.attacks import PGD
-from at_extensions.checks import check_device, check_fits
-from at_extensions.data import load_dataset
+from at_extensions.checks import check_device
+from at_extensions.data import load_test
+from at_extensions.models import check_fits
 from at_extensions.named_models import open_model
 from at_extensions.processes import own_device
 from at_extensions.publishing import write_criticality
@@ -41,16 +42,16 @@ def analyze_criticality(settings: CriticalitySettings | None = None, **options: 
     if len(checkpoints) != len(models):
         raise ValueError(f"got {len(checkpoints)} checkpoints for {len(models)} models; give one for each")
     labels, eps = _labels(models, checkpoints), settings.attack_eps
-    splits = load_dataset(settings.data, root=settings.root, val_fraction=0.0, image_size=settings.image_size)
-    images, targets = splits.test.subset(min(settings.n_examples, len(splits.test)), seed=0).tensors()
+    test = load_test(settings.data, root=settings.root, image_size=settings.image_size)
+    images, targets = test.subset(min(settings.n_examples, len(test)), seed=0).tensors()
     check_writable(settings.out)
     results = {}
     for label, name, weights in zip(labels, models, checkpoints):
         network, fresh = open_model(
             name,
             weights,
-            num_classes=splits.num_classes,
-            dataset={10: "cifar10", 100: "cifar100"}.get(splits.num_classes, "imagenet"),
+            num_classes=test.num_classes,
+            dataset={10: "cifar10", 100: "cifar100"}.get(test.num_classes, "imagenet"),
             threat_model=settings.threat_model,
             folder=settings.model_folder,
         )

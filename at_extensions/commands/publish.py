@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from at_extensions.evaluation import RobustnessReport
 from at_extensions.publishing import publish
+from at_extensions.publishing.naming import TEST_IMAGES, dataset_or_robustbenchs
 from at_extensions.publishing.submission import shortcomings
 from at_extensions.runs import RunDirectory
 from at_extensions.settings import Paper, PublishSettings, VerifySettings
@@ -31,7 +31,7 @@ def publish_run(run: str | Path, settings: PublishSettings | None = None, **opti
         settings.paper,
         settings.id,
         settings.out or settings.id,
-        dataset=settings.dataset or _dataset_of(RunDirectory(run)),
+        dataset=settings.dataset,
         architecture=settings.architecture,
         allow_partial=settings.allow_partial,
         allow_other_eps=settings.allow_other_eps,
@@ -40,32 +40,25 @@ def publish_run(run: str | Path, settings: PublishSettings | None = None, **opti
 
 def publish_command(run: str | Path) -> str:
     """Return the shell command that publishes an evaluated run, with a paper's details to fill in."""
-    directory = RunDirectory(run)
-    name = _name_of(directory)
-    dataset = _dataset_of(directory) or re.sub(r"\W", "_", Path(name.partition(":")[2]).stem)
-    report = RobustnessReport.load(directory.path / "evaluation.json")
+    config, report = RunDirectory(run).config(), RobustnessReport.load(Path(run) / "evaluation.json")
+    dataset = dataset_or_robustbenchs(config["data"]["name"])
     settings = PublishSettings(
         id="Author2026Title",
         paper=Paper("Title", "First Author", "https://example.org"),
-        dataset=dataset if dataset != name else None,
+        dataset=dataset if dataset in TEST_IMAGES and dataset != config["data"]["name"] else None,
         allow_partial=bool(shortcomings(report, dataset)),
     )
     return shlex.join(["at-extensions", "publish", str(run), *settings.arguments()])
 
 
 def verify_command(folder: str | Path, run: str | Path) -> str:
-    """Return the shell command that verifies a run's submission, with the data that its name does not tell."""
-    directory = RunDirectory(run)
-    data, root = _name_of(directory), (directory.config().get("data") or {}).get("root")
-    settings = VerifySettings(data=data if _dataset_of(directory) is None else None, root=root)
+    """Return the shell command that verifies a run's submission on this machine, with the data of the run."""
+    config = RunDirectory(run).config()
+    data = config.get("data") or {}
+    name = str(data.get("name") or "")
+    settings = VerifySettings(
+        data=name if ":" in name or name.endswith(".npz") else None,
+        root=data.get("root"),
+        trust_code="factory" in (config.get("model") or {}),
+    )
     return shlex.join(["at-extensions", "verify", str(folder), *settings.arguments()])
-
-
-def _name_of(run: RunDirectory) -> str:
-    return str((run.config().get("data") or {}).get("name") or "")
-
-
-def _dataset_of(run: RunDirectory) -> str | None:
-    """Return the run's data set where it has a name of its own, or None for a file or folder."""
-    name = _name_of(run)
-    return name if name and ":" not in name else None

@@ -10,13 +10,12 @@ from torch import nn
 
 from at_extensions import processes
 from at_extensions.attacks import PGD
-from at_extensions.checks import check_fits
 from at_extensions.data import Splits, is_long_tailed, load_dataset, make_loader
 from at_extensions.methods import Method, create_method
-from at_extensions.models import create_model
+from at_extensions.models import check_fits, create_model
 from at_extensions.runs import RunDirectory, check_writable, versions
 from at_extensions.settings import TrainSettings
-from at_extensions.training.schedule import create_optimizer, create_scheduler
+from at_extensions.training.schedule import create_optimizer, create_scheduler, milestones_of
 from at_extensions.training.trainer import Trainer
 
 VAL_BATCH = 500
@@ -124,7 +123,16 @@ def _method(settings: TrainSettings, net: nn.Module, splits: Splits) -> Method:
     """Build the method with those of the common options that were given or that it takes."""
     given = {"alpha": settings.alpha, "steps": settings.steps}
     options = (settings.method_options or {}) | {name: value for name, value in given.items() if value is not None}
-    offered = {"eps": settings.eps, "seed": settings.seed, "class_counts": splits.class_counts}
+    offered = {
+        "eps": settings.eps,
+        "seed": settings.seed,
+        "class_counts": splits.class_counts,
+        "num_classes": splits.num_classes,
+        "epochs": settings.epochs,
+        "milestones": milestones_of(settings.schedule, settings.epochs, settings.milestones),
+    }
+    if hasattr(splits.train, "__len__"):
+        offered["num_samples"] = len(splits.train)
     return create_method(settings.method, net, offered=offered, **options)
 
 

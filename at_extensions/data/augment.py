@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
-"""What a loader may do to training images; flips make no sense for digits and house numbers."""
+"""Augmentations of training images; flips make no sense for digits and house numbers."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from at_extensions.checks import check_count, check_number, unknown_name
+from at_extensions.data.corruptions import read_corruptions
 from at_extensions.data.folder import read_folder
 from at_extensions.data.label_noise import corrupt_labels
 from at_extensions.data.long_tail import kept_samples, largest_head, long_tail_counts
@@ -23,9 +25,12 @@ DATASETS = {
     "svhn": "99,289 photographs of house numbers, 32 x 32, in torchvision's layout",
     "npz:PATH": "uint8 NHWC arrays train_images, train_labels, test_images, test_labels (and val_*) in one file",
     "folder:PATH": "image files in PATH/train/CLASS and PATH/val/CLASS or PATH/test/CLASS, decoded as they are needed",
+    "cifar10c:PATH": "CIFAR-10-C: PATH/CORRUPTION.npy or the folder of all, beside labels.npy; for evaluation alone",
+    "cifar100c:PATH": "CIFAR-100-C, likewise",
 }
-"""Names that ``load_dataset`` takes, with a line about each."""
+"""Names of data sets, with a line about each."""
 
+_CORRUPTED = {"cifar10c": 10, "cifar100c": 100}
 _VALIDATION, _TAIL, _NOISE = range(3)  # each random choice has a stream of its own: one leaves the others as they are
 
 
@@ -39,12 +44,13 @@ def load_dataset(
     label_noise: float | tuple[float, str] | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    num_classes: int | None = None,
 ) -> Splits:
     """Read a data set and return its train, val and test splits; nothing is ever downloaded.
 
     The validation split is drawn first from the training data: the same number of every class, with clean labels.
     Only then is the rest cut to a long tail and are labels corrupted in it, so ``val_fraction=0`` gives a paper's own
-    counts. The test split is what the data set says it is, whatever the options.
+    counts. The test split is the data set's own, whatever the options.
 
     Args:
         name_or_path: One of ``DATASETS``: ``"digits"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``, ``"npz:PATH"``
@@ -63,16 +69,20 @@ def load_dataset(
             ``corrupt_labels``; a rate alone means ``"uniform"``. ``train.clean_labels`` keeps the true ones.
         seed: Which samples are drawn, cut and corrupted.
         image_size: Side in pixels of the images that a folder gives, 224 if None; other data sets have their own.
+        num_classes: Number of classes of an npz file; the largest training label plus one if None. Classes without
+            training samples are named in a warning.
 
     Raises:
         FileNotFoundError: The data are not there; the message says how to get them.
         TypeError: Arguments or arrays of the wrong type.
-        ValueError: An unknown name, numbers out of range, a damaged file, classes too small for what was asked.
+        ValueError: An unknown name, numbers out of range, a damaged file, classes too small for the split.
     """
     check_number("val_fraction", val_fraction, at_least=0, below=1)
-    source = _read(str(name_or_path), root, image_size)
+    source = _read(str(name_or_path), root, image_size, num_classes)
+    if "train" not in source:
+        raise ValueError(f"{name_or_path} has a test split alone; it can be evaluated on (load_test), not trained on")
     train, val, test = source["train"], source.get("val"), source["test"]
-    _check_every_class(train)
+    _warn_of_gaps(train, "training")
     if val is None and val_fraction > 0:
         train, val = _hold_out(train, val_fraction, seed)
     if imbalance_ratio is not None:
@@ -82,25 +92,71 @@ def load_dataset(
     return Splits(train, val, test, train.num_classes, train.class_counts, train.name)
 
 
-def _read(name: str, root: str | Path | None, image_size: int | None) -> dict[str, LabelledSplit]:
-    """Find the reader that a name asks for."""
+def load_test(
+    name_or_path: str | Path,
+    *,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    severity: int | None = None,
+) -> LabelledSplit:
+    """Read the test split of a data set, which need not have any other.
+
+    Args:
+        name_or_path: One of ``DATASETS``. An npz file may hold ``test_images`` and ``test_labels`` alone, a folder
+            ``test/CLASS`` (or ``val/CLASS``) alone; without a training split, ``PATH/classes.txt`` may list all class
+            names, one a line in the order of their numbers, where some have no test image.
+        root: As for ``load_dataset``.
+        image_size: As for ``load_dataset``.
+        num_classes: Number of classes K of an npz file, such as of a subset; the largest label plus one if None.
+        severity: Of CIFAR-10-C and CIFAR-100-C, from 1 to 5; all five if None.
+
+    Raises:
+        FileNotFoundError: The data are not there; the message says how to get them.
+        TypeError: Arguments or arrays of the wrong type.
+        ValueError: An unknown name, numbers out of range, a damaged file.
+    """
+    source = _read(str(name_or_path), root, image_size, num_classes, severity)
+    if "train" not in source:
+        _warn_of_gaps(source["test"], "test")
+    return source["test"]
+
+
+def _read(
+    name: str,
+    root: str | Path | None,
+    image_size: int | None,
+    num_classes: int | None = None,
+    severity: int | None = None,
+) -> dict[str, LabelledSplit]:
+    """Read the splits that a data set has."""
     kind, _, path = name.partition(":")
+    if name.endswith(".npz") and kind != "npz":
+        kind, path = "npz", name
+    known = num_classes is not None and not (kind == "npz" and path)
+    corrupted = kind in _CORRUPTED and bool(path)
+    if severity is not None and not corrupted:
+        raise ValueError(f"severity is for cifar10c:PATH and cifar100c:PATH; {name} has no such thing")
+    if image_size is not None and not (kind == "folder" and path):
+        raise ValueError(f"image_size is for folder:PATH; {name} has images of one size")
     if kind == "folder" and path:
         size = 224 if image_size is None else check_count("image_size", image_size)
-        return read_folder(Path(root or ".") / path, size)
-    if image_size is not None:
-        raise ValueError(f"image_size is for folder:PATH; {name} has images of one size")
-    if kind == "npz" and path:
-        return read_npz(Path(root or ".") / path)
-    if name.endswith(".npz"):
-        return read_npz(Path(root or ".") / name)
-    if name == "digits":
-        return _read_digits()
-    if name in ("cifar10", "cifar100"):
-        return _read_cifar(name, Path(root or "data"))
-    if name == "svhn":
-        return _read_svhn(Path(root or "data"))
-    raise unknown_name("data set", name, DATASETS)
+        found = read_folder(Path(root or ".") / path, size)
+    elif kind == "npz" and path:
+        found = read_npz(Path(root or ".") / path, num_classes)
+    elif corrupted:
+        found = {"test": read_corruptions(Path(root or ".") / path, _CORRUPTED[kind], severity)}
+    elif name == "digits":
+        found = _read_digits()
+    elif name in ("cifar10", "cifar100"):
+        found = _read_cifar(name, Path(root or "data"))
+    elif name == "svhn":
+        found = _read_svhn(Path(root or "data"))
+    else:
+        raise unknown_name("data set", name, DATASETS)
+    if known and found["test"].num_classes != num_classes:
+        raise ValueError(f"{name} has {found['test'].num_classes} classes, not {num_classes}")
+    return found
 
 
 def _read_digits() -> dict[str, ImageSplit]:
@@ -152,19 +208,21 @@ def _open_torchvision(dataset: type, root: Path, **options):
         ) from error
 
 
-def _check_every_class(train: LabelledSplit) -> None:
-    """Refuse labels with gaps: a class without training samples breaks counts, weights and balance."""
-    present = torch.unique(train.labels)
-    if len(present) < train.num_classes:
-        raise ValueError(
-            f"the training labels of {train.name} run to {train.num_classes - 1} but only {len(present)} classes have "
-            "samples; number the classes from 0 without gaps"
+def _warn_of_gaps(split: LabelledSplit, role: str) -> None:
+    """Name the classes without samples: usually the labels start at 1, or the data are a subset."""
+    gaps = [c for c, n in enumerate(split.class_counts) if n == 0]
+    if gaps:
+        listed = ", ".join(str(c) for c in gaps[:10]) + (", ..." if len(gaps) > 10 else "")
+        hint = "; do the labels start at 1? Number the classes from 0" if gaps == [0] else ""
+        warnings.warn(
+            f"{split.name}: {len(gaps)} of {split.num_classes} classes have no {role} sample ({listed}){hint}",
+            stacklevel=3,
         )
 
 
 def _hold_out(train: LabelledSplit, val_fraction: float, seed: int) -> tuple[LabelledSplit, LabelledSplit]:
     """Split off the same number of every class for validation."""
-    smallest = min(train.class_counts)
+    smallest = min(count for count in train.class_counts if count)
     per_class = round(val_fraction * smallest)
     if not 0 < per_class < smallest:
         raise ValueError(
@@ -177,6 +235,11 @@ def _hold_out(train: LabelledSplit, val_fraction: float, seed: int) -> tuple[Lab
 
 
 def _cut_tail(train: LabelledSplit, ratio: float, kind: str, seed: int) -> LabelledSplit:
+    if 0 in train.class_counts:
+        raise ValueError(
+            f"{train.name} has classes without training samples, so no long tail can be cut; number the classes from 0 "
+            "without gaps"
+        )
     counts = long_tail_counts(largest_head(train.class_counts, ratio, kind), train.num_classes, ratio, kind)
     return train.select(kept_samples(train.labels, counts, seeded_generator(seed, _TAIL)))
 

@@ -23,7 +23,7 @@ class FolderSplit(LabelledSplit):
         labels: Class numbers (N,); stored as int64.
         num_classes: How many classes there are, K.
         image_size: Side of the square images that come out, in pixels.
-        name: What reports call the data.
+        name: Name of the data in reports.
         class_names: K names, where they are known.
         clean_labels: The labels before any were corrupted (N,); ``labels`` if None.
 
@@ -80,29 +80,38 @@ class AugmentedFiles(Dataset):
 
 
 def read_folder(path: Path, image_size: int) -> dict[str, FolderSplit]:
-    """Return the splits of a folder with ``train`` and ``val`` and/or ``test``, each with a folder for every class.
+    """Return the splits of a folder with ``train``, ``val`` and ``test``, each with a folder for every class.
 
-    Where there is no ``test``, ``val`` is the test split, as ImageNet's is; otherwise it is the validation split.
+    Where there is no ``test``, ``val`` is the test split, as ImageNet's is; otherwise it is the validation split. A
+    folder without ``train`` has a test split alone, with the classes of ``classes.txt`` where that file is there.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: There are no images, or classes that the training split does not have.
+        ValueError: There are no images, or classes that the training split or ``classes.txt`` lacks.
     """
     roles = {role: path / role for role in ("train", "val", "test") if (path / role).is_dir()}
-    if "train" not in roles or len(roles) == 1:
+    if not roles or list(roles) == ["train"]:
         raise FileNotFoundError(
-            f"{path} must hold the folders train and val (or test), each with one folder of images for every class; "
-            f"found {sorted(roles) or 'none of them'}"
+            f"{path} must hold the folders train and val (or test), each with one folder of images for every class, or "
+            f"val (or test) alone for an evaluation; found {sorted(roles) or 'none of them'}"
         )
     if "test" not in roles:
         roles["test"] = roles.pop("val")
+    if "train" not in roles:
+        roles.pop("val", None)
     found = {role: _list_images(folder) for role, folder in roles.items()}
-    names = found["train"][2]
+    listed = path / "classes.txt"
+    if "train" in found:
+        names, home = found["train"][2], roles["train"]
+    elif listed.is_file():
+        names, home = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()], listed
+    else:
+        names, home = found["test"][2], roles["test"]
     splits = {}
     for role, (files, labels, own_names) in found.items():
         strange = sorted(set(own_names) - set(names))
         if strange:
-            raise ValueError(f"{roles[role]} has classes that {roles['train']} lacks: {strange[:5]}")
+            raise ValueError(f"{roles[role]} has classes that {home} lacks: {strange[:5]}")
         numbers = torch.tensor([names.index(name) for name in own_names])
         splits[role] = FolderSplit(files, numbers[labels], len(names), image_size, path.name, tuple(names))
     return splits

@@ -41,7 +41,7 @@ def make_loader(
     shared out evenly; only where it has fewer samples than there are ranks do some repeat.
 
     Args:
-        split: What to load, such as ``load_dataset(...).train``.
+        split: The samples, such as ``load_dataset(...).train``.
         batch_size: Samples a step **in each process**.
         augment: ``"none"``, ``"crop"`` (zero padding of an eighth of the height, 4 at 32 pixels, then a random crop
             back to size) or ``"crop_flip"`` (and a horizontal flip with probability one half). For a folder the crop
@@ -113,7 +113,7 @@ class BatchLoader:
         return full if self.drop_last or not rest else full + 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the coming epochs depend on; meant to be taken between two epochs.
+        """Return the state that later epochs depend on, at best between two epochs.
 
         Taken during an epoch, it continues with the epoch after that one.
         """
@@ -142,11 +142,13 @@ class BatchLoader:
         size = min(self.batch_size * self.world_size, len(self.split) - first)
         start = first + size * self.rank // self.world_size
         stop = first + size * (self.rank + 1) // self.world_size
-        return slice(start, max(stop, start + 1))  # fewer samples than ranks: some repeat, so that no rank waits
+        return slice(
+            start, max(stop, start + 1)
+        )  # fewer samples than ranks: some repeat, so that all ranks make the step
 
 
 class MemoryLoader(BatchLoader):
-    """Batches of an ``ImageSplit``, whose bytes live on the device; no batch waits for the host."""
+    """Batches of an ``ImageSplit``, whose bytes live on the device; no batch synchronises with the host."""
 
     def __init__(self, *common):
         super().__init__(*common)

@@ -14,7 +14,7 @@ from at_extensions.checks import check_count, check_labels
 
 
 class LabelledSplit(Dataset):
-    """What splits in memory and on disk share: a map-style dataset of ``(image, label)`` that knows its labels.
+    """A map-style dataset of ``(image, label)`` with known labels: the base of splits in memory and on disk.
 
     ``split[i]`` is ``(image, label)``: a float32 image (C, H, W) in [0, 1] and an int. The position ``i`` from 0 to
     ``len(split) - 1`` is the sample's index, the one that loaders hand out, and never changes.
@@ -96,7 +96,7 @@ class ImageSplit(LabelledSplit):
         images: uint8 (N, C, H, W), on the CPU.
         labels: Class numbers (N,); stored as int64.
         num_classes: How many classes there are, K.
-        name: What reports call the data.
+        name: Name of the data in reports.
         class_names: K names, where they are known.
         clean_labels: The labels before any were corrupted (N,); ``labels`` if None.
 
@@ -143,12 +143,12 @@ class Splits:
     """A data set ready for training.
 
     Args:
-        train: What is trained on: after the tail was cut and labels were corrupted.
+        train: Training samples, after the tail was cut and labels were corrupted.
         val: For choosing checkpoints and settings: balanced, clean labels. None if none was asked for.
         test: For the final evaluation only.
         num_classes: How many classes there are, K.
         class_counts: Training samples by label, K numbers.
-        name: What reports call the data.
+        name: Name of the data in reports.
     """
 
     train: LabelledSplit
@@ -169,7 +169,7 @@ class Splits:
         return self.train.image_shape
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what identifies the splits, as plain numbers and strings."""
+        """Return a description that identifies the splits, in plain numbers and strings."""
         return {
             "name": self.name,
             "num_classes": self.num_classes,

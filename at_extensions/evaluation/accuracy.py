@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torchattacks.attack import Attack
 
 from at_extensions.attacks import RandomStream, attacking, check_attack, perturb
-from at_extensions.checks import check_count, check_logits, check_model, check_name, device_of
-from at_extensions.evaluation.samples import Samples
-from at_extensions.evaluation.searching import PRECISIONS, search_model
+from at_extensions.checks import check_count, check_logits, check_model, device_of
+from at_extensions.evaluation.precision import check_precision
+from at_extensions.evaluation.samples import Samples, as_images, as_labels, is_array
+from at_extensions.evaluation.searching import search_model
 from at_extensions.untouched import random_state_kept
 
 
@@ -26,31 +27,37 @@ def accuracy(
     seed: int = 0,
     search: str | None = None,
 ) -> float:
-    """Return the share of samples that the model, in eval mode, classifies rightly, as they are or under an attack.
+    """Return the share of samples that the model, in eval mode, classifies correctly, clean or under an attack.
 
-    The model and the global random state are left as they were.
+    The model and the global random state are left as they were. Images are cast to the model's floating type.
 
     Args:
         model: Classifier of images in [0, 1].
-        data: Images (N, C, H, W) in [0, 1]; a map-style dataset of (image, label); or an iterable of batches
-            (images (B, C, H, W), labels (B,), ...), such as a loader.
-        labels: Class numbers (N,), for images that come as a tensor.
+        data: Images (N, C, H, W) in [0, 1], as a float tensor or NumPy array; a map-style dataset of (image, label); or
+            an iterable of batches (images (B, C, H, W), labels (B,), ...), such as a loader.
+        labels: Class numbers (N,), for images in a tensor or array.
         attack: A torchattacks attack on this model; None measures clean accuracy.
         batch_size: Samples a batch, where ``data`` does not come in batches.
         seed: Of the attack's random draws: the same call gives the same number.
         search: ``"fp32"`` or ``"bf16"``: the attack searches in that precision on the model with its BatchNorm folded,
-            which is faster; what it finds is judged by the model as it is. None searches on the model as it is, too.
+            which is faster; the model itself classifies the adversarial examples. None searches on the model itself.
 
     Raises:
         TypeError: Arguments of the wrong type.
         ValueError: Images or labels out of range, an attack on another model, no samples.
     """
-    right, total, foreign = _count(model, data, labels, attack, batch_size, seed, search).tolist()
+    counts = _count(model, data, labels, attack, batch_size, seed, search, check=True)
+    correct, total, foreign, outside = counts.tolist()
     if total == 0:
         raise ValueError("the data holds no samples")
     if foreign:
-        raise ValueError(f"{foreign} labels are no class numbers of the model; they must lie in [0, K) for K logits")
-    return right / total
+        raise ValueError(f"{foreign} labels are not class numbers of the model; they must lie in [0, K) for K logits")
+    if outside:
+        raise ValueError(
+            f"{outside} images hold values outside [0, 1]; normalisation belongs inside the model "
+            "(create_model(..., mean=, std=)), not in the data"
+        )
+    return correct / total
 
 
 def count_correct(
@@ -63,9 +70,10 @@ def count_correct(
     seed: int = 0,
     search: str | None = None,
 ) -> Tensor:
-    """Return how many samples are classified rightly, and how many there are, as a tensor (2,) on the model's device.
+    """Return the numbers of correctly classified samples and of samples, as a tensor (2,) on the model's device.
 
-    Arguments as in ``accuracy``. Nothing waits for the device, and the counts of several processes can be added up.
+    Arguments as in ``accuracy``. Batches of an iterable are not checked for their range of values, so that the host is
+    not synchronised with the device. Counts of several processes can be added up.
     """
     return _count(model, data, labels, attack, batch_size, seed, search)[:2]
 
@@ -82,12 +90,12 @@ def count_correct_by_class(
 ) -> Tensor:
     """Return ``count_correct`` of each class, as a tensor (num_classes, 2) on the model's device."""
     counts = torch.zeros(num_classes, 2, dtype=torch.long, device=device_of(check_model(model)))
-    _judge(model, data, None, attack, batch_size, seed, search, lambda logits, y: add_by_class(counts, logits, y))
+    _judge(model, data, None, attack, batch_size, seed, search, lambda _, logits, y: add_by_class(counts, logits, y))
     return counts
 
 
 def add_by_class(counts: Tensor, logits: Tensor, y: Tensor) -> None:
-    """Add to each class's row of ``counts`` (K, 2) how many samples are classified rightly, and how many there are."""
+    """Add numbers of correctly classified samples and of samples to each class's row of ``counts`` (K, 2)."""
     rows = torch.stack([logits.argmax(1) == y, torch.ones_like(y, dtype=torch.bool)], 1)
     counts.index_add_(0, y, rows.to(counts.dtype))
 
@@ -100,14 +108,17 @@ def _count(
     batch_size: int,
     seed: int,
     search: str | None,
+    check: bool = False,
 ) -> Tensor:
-    """Samples classified rightly, samples, and labels that the model has no logit for (3,)."""
-    counts = torch.zeros(3, dtype=torch.long, device=device_of(check_model(model)))
+    """Numbers of correct samples, samples, labels without a logit and, if ``check``, images outside [0, 1] (4,)."""
+    counts = torch.zeros(4, dtype=torch.long, device=device_of(check_model(model)))
 
-    def judge(logits: Tensor, y: Tensor) -> None:
+    def judge(x: Tensor, logits: Tensor, y: Tensor) -> None:
         counts[0] += (logits.argmax(1) == y).sum()
         counts[1] += len(y)
         counts[2] += ((y < 0) | (y >= logits.shape[1])).sum()
+        if check:
+            counts[3] += (~((x >= 0) & (x <= 1))).flatten(1).any(1).sum()  # NaN too
 
     _judge(model, data, labels, attack, batch_size, seed, search, judge)
     return counts
@@ -121,45 +132,54 @@ def _judge(
     batch_size: int,
     seed: int,
     search: str | None,
-    judge: Callable[[Tensor, Tensor], None],
+    judge: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
-    """Call ``judge`` with the logits and labels of each batch, as it is or attacked."""
-    device = device_of(model)
+    """Call ``judge`` with the images of each batch, and the logits and labels of the images or adversarial examples."""
+    device, dtype = device_of(model), _floating_type(model)
     check_count("batch_size", batch_size)
     if search is not None:
-        check_name("search", search, PRECISIONS)
+        check_precision("search", search, device)
     if attack is not None:
         check_attack(attack, model)
     stream, searched = RandomStream(seed), None
     with random_state_kept(), attacking(model), torch.no_grad():
         for x, y in _batches(data, labels, batch_size):
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x, y = x.to(device, dtype, non_blocking=True), y.to(device, torch.int64, non_blocking=True)
+            judged = x
             if attack is not None:
-                if search is not None and searched is None and not attack._attacks:  # those inside have models too
+                if search is not None and searched is None and not attack._attacks:  # nested attacks have own models
                     searched = search_model(model, x, search)
-                x = perturb(attack, x, y, stream=stream, twin=searched)
-            judge(check_logits(model(x), len(x)), y)
+                judged = perturb(attack, x, y, stream=stream, twin=searched)
+            judge(x, check_logits(model(judged), len(x)), y)
 
 
-def _batches(data: Any, labels: Tensor | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(data, Tensor) or _is_dataset(data):
+def _floating_type(model: nn.Module) -> torch.dtype:
+    """The type of a model's first floating-point parameter; float32 without one."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _batches(data: Any, labels: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if is_array(data) or _is_dataset(data):
         samples = Samples(data, labels)
         for rows in torch.arange(len(samples)).split(batch_size):
             yield samples.fetch(rows)
         return
     if not isinstance(data, Iterable):
-        raise TypeError(f"data must be a tensor of images, a dataset or batches, got {type(data).__name__}")
+        raise TypeError(f"data must be a tensor or array of images, a dataset or batches, got {type(data).__name__}")
     if labels is not None:
-        raise TypeError("labels go with a tensor of images; batches bring their own")
+        raise TypeError("labels are for a tensor or array of images; batches have their own")
     for x, y, *_ in data:
+        x, y = as_images(x), as_labels(y)
         if y.shape != x.shape[:1]:
             raise ValueError(f"a batch of {len(x)} images came with labels of shape {tuple(y.shape)}")
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise TypeError(f"labels must be class numbers of an integer dtype, got {y.dtype}")
         yield x, y
 
 
 def _is_dataset(data: Any) -> bool:
-    """Whether items are samples; a list of batches can be asked for its items too."""
+    """Whether items are samples; those of a list of batches are not."""
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
         return False
     image = data[0][0]
-    return not (isinstance(image, Tensor) and image.ndim == 4)
+    return not (is_array(image) and image.ndim == 4)

@@ -1,4 +1,4 @@
-"""Signs that an evaluation may say more than it knows: AutoAttack's checks, without prints and side effects."""
+"""Flags: reasons why an evaluation may overestimate robustness. AutoAttack's checks, side-effect-free, and more."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from at_extensions.checks import looks_like_probabilities
+from at_extensions.evaluation.precision import rounding
 
 Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Something a reader must know about an evaluation.
+    """A caveat of an evaluation.
 
     Attributes:
-        name: What kind it is, such as ``"randomized"``.
+        name: Its kind, such as ``"randomized"``.
         message: One sentence for people.
-        overestimates: Whether robustness may be less than reported; such a flag makes the report unreliable.
+        overestimates: Whether robustness may be less than reported, which makes the report unreliable.
     """
 
     name: str
@@ -31,7 +32,10 @@ class Flag:
 
 
 def inspect(model: Predict, x: Tensor, y: Tensor, *, version: str = "standard") -> list[Flag]:
-    """Run the checks that need only the model and one batch: randomised, what it returns, gradients at inference.
+    """Run the checks that need only the model and one batch.
+
+    They detect probabilities instead of logits, saturated logits, gradients at inference, random outputs, and outputs
+    that depend on the other images of a batch.
 
     Args:
         model: The model as given.
@@ -41,8 +45,11 @@ def inspect(model: Predict, x: Tensor, y: Tensor, *, version: str = "standard") 
     """
     logits = model(x)
     found = [_probabilities(logits), _logit_scale(logits), _gradients_at_inference(model, x)]
-    if version != "rand":
-        found.append(_randomized(model, x, y))
+    randomized = _randomized(model, x, y)
+    if randomized is None:
+        found.append(_batch_dependent(model, x, logits))
+    elif version != "rand":
+        found.append(randomized)
     return [flag for flag in found if flag is not None]
 
 
@@ -55,8 +62,33 @@ def _randomized(model: Predict, x: Tensor, y: Tensor, passes: int = 5, tolerance
         return None
     return Flag(
         "randomized",
-        f"the model answers differently when asked again (normalised logits differ by up to {difference:.2g}); "
+        f"the model's answers differ between passes (normalised logits differ by up to {difference:.2g}); "
         'use version="rand", which averages gradients over its randomness',
+    )
+
+
+def _batch_dependent(model: Predict, x: Tensor, logits: Tensor, alone: int = 4) -> Flag | None:
+    """Compare logits (B, K) of a batch with those of its two halves, and with those of its first images alone.
+
+    An image that is alone in its batch is joined by its negative instead.
+    """
+    size = len(x) // 2
+    parts = (x[:size], x[size:]) if size else (torch.cat([x, 1 - x]),)
+    try:
+        others = [torch.cat([model(part) for part in parts])[: len(x)]]
+        others.append(torch.cat([model(x[i : i + 1]) for i in range(min(alone, len(x)))]))
+    except Exception as error:  # such as BatchNorm's, which takes no statistics of a single value
+        found = f"it fails on a part of a batch that it classifies ({type(error).__name__}: {error})"
+    else:
+        spread = logits.float().std().clamp_min(1e-12)
+        difference = max((part - logits[: len(part)]).float().abs().max().item() for part in others) / spread.item()
+        if difference <= rounding(x.device):
+            return None
+        found = f"logits differ by up to {difference:.2g} of their spread"
+    return Flag(
+        "batch_dependent",
+        "the model's answer for an image depends on the other images of the batch (BatchNorm without running "
+        f"statistics, or in train mode?): {found}; verdicts hold for these batches alone",
     )
 
 
@@ -104,13 +136,13 @@ class _GradientWatch(TorchFunctionMode):
 
 
 class Warnings:
-    """Stands in for the logger of APGD, whose only warning is of gradients that are zero at a random start."""
+    """A logger for APGD, whose only warning is about gradients that are zero at a random start."""
 
     def __init__(self):
         self.zero_gradients = 0
 
     def log(self, message: str) -> None:
-        """Take a warning of upstream's ``autoattack``."""
+        """Note a warning of upstream's ``autoattack``."""
         points = re.search(r"(\d+) points with zero gradient", message)
         if points:
             self.zero_gradients = max(self.zero_gradients, int(points[1]))
@@ -129,26 +161,26 @@ def zero_gradients(count: int) -> Flag | None:
 
 
 def nondeterministic(count: int, total: int, margin: float = 0.002) -> Flag | None:
-    """Return a flag if, of ``total`` samples, the model contradicted itself on more than a share of ``margin``."""
+    """Return a flag if the model changed its prediction of more than a share of ``margin`` of ``total`` samples."""
     if count <= margin * total:
         return None
     return Flag(
         "nondeterministic",
-        f"{count} images that the model had classified rightly were not when it was asked again among others; it is "
-        "not deterministic, or looks at a batch as a whole",
+        f"{count} images that the model had classified correctly were misclassified in a second pass in another batch; "
+        "it is not deterministic, or its answers depend on the batch",
     )
 
 
 def square_improves(after_attack: Mapping[str, float], total: int, margin: float = 0.002) -> Flag | None:
-    """Return a flag if Square, which needs no gradient, found what gradient-based attacks had missed.
+    """Return a flag if Square, which needs no gradient, fools the model where gradient-based attacks did not.
 
-    AutoAttack warns beyond 0.2 points. Of fewer than 1,000 samples that can be a single one, which shows nothing; two
-    are needed here.
+    AutoAttack warns beyond 0.2 points. With fewer than 1,000 samples that may be a single one, which is no evidence;
+    at least two are needed here.
 
     Args:
-        after_attack: Accuracy left after each attack, in order.
+        after_attack: Robust accuracy after each attack, in order.
         total: How many samples there are.
-        margin: Points of accuracy, as a fraction, that count.
+        margin: Largest difference of accuracies, as a fraction, without a flag.
     """
     others = [accuracy for name, accuracy in after_attack.items() if name != "square"]
     if "square" not in after_attack or not others:

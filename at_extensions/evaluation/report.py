@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from at_extensions.data import frequency_groups
 from at_extensions.evaluation.flags import Flag
+from at_extensions.intervals import wilson_interval
 from at_extensions.runs import write_json
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """A few samples that an attack broke.
+    """A few samples with adversarial examples.
 
     Attributes:
         images: (N, C, H, W) in [0, 1].
@@ -43,44 +43,44 @@ class Examples:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-_LATER = {"weights", "data", "data_name", "compiled"}  # what reports of earlier versions lack
+_LATER = {"weights", "data", "data_name", "compiled"}  # absent from reports of earlier versions
 
 
 @dataclass(eq=False)
 class RobustnessReport:
-    """What AutoAttack left standing, and how it was found out. Accuracies are fractions in [0, 1].
+    """The result of an evaluation by AutoAttack. Accuracies are fractions in [0, 1].
 
     Attributes:
         norm: Threat model: ``"Linf"``, ``"L2"`` or ``"L1"``.
         eps: Its radius.
         version: AutoAttack's version.
         seed: Seed of the evaluation.
-        n_examples: How many samples, N.
-        num_classes: How many classes the model tells apart, K.
-        clean_accuracy: Share of the samples classified rightly.
-        robust_accuracy: Share still classified rightly after every attack.
-        clean: One bool a sample (N,): classified rightly.
-        robust: One bool a sample (N,): no attack broke it.
-        after_attack: Attack -> accuracy left after it, in the order they ran.
+        n_examples: Number of samples, N.
+        num_classes: Number of classes, K.
+        clean_accuracy: Share of the samples classified correctly.
+        robust_accuracy: Share classified correctly after every attack.
+        clean: One bool a sample (N,): classified correctly.
+        robust: One bool a sample (N,): correct, and no attack fooled the model on it.
+        after_attack: Attack -> robust accuracy after it, in the order they ran.
         per_class: One dict a class: ``class``, ``count``, ``clean``, ``robust`` (None where the class has no sample),
             and ``train_count`` where class counts were given.
         interval: 95 % Wilson interval of robust accuracy.
-        flags: What a reader must know.
-        settings: Attack -> the settings it ran with.
+        flags: Caveats.
+        settings: Attack -> its settings.
         versions: Package -> version.
-        device: Where it ran.
+        device: The device of the model.
         precision: ``"fp32"``, or ``"bf16"`` for a search in bf16 that was verified in fp32.
-        batch_size: Samples a batch; part of what decides the random draws.
+        batch_size: Samples a batch; the random draws depend on it.
         seconds: Time in total, summed over the batches (and so over the processes).
         attack_seconds: The same for each attack.
-        indices: Places in the data of the samples, where a subset was drawn.
+        indices: Positions of the samples in the data, where a subset was drawn.
         groups: Accuracy by frequency in training, ``head``, ``medium`` and ``tail``: dicts of ``clean`` and ``robust``.
         weights: SHA-256 of the model's state dict (``evaluation.state_digest``); None in a report that an earlier
             version wrote.
         data: SHA-256 of the images and labels; None likewise.
-        data_name: What the data are called, where the evaluation was one of a run.
+        data_name: Name of the data, where the evaluation was one of a run.
         compiled: Whether the search ran on a compiled model.
-        examples: A few broken samples; not part of ``to_dict``.
+        examples: A few samples with adversarial examples; not part of ``to_dict``.
     """
 
     norm: str
@@ -180,16 +180,6 @@ class RobustnessReport:
         )
 
 
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson 1927), at 95 % with this ``z``.
-
-    (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
-    """
-    p, square = successes / total, z * z / total
-    middle, half = p + square / 2, z * math.sqrt(p * (1 - p) / total + square / (4 * total))
-    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
-
-
 def summary(
     labels: Tensor, clean: Tensor, robust: Tensor, num_classes: int, class_counts: Sequence[int] | None = None
 ) -> dict[str, Any]:
@@ -197,8 +187,8 @@ def summary(
 
     Args:
         labels: (N,).
-        clean: Which samples are classified rightly (N,).
-        robust: Which of them no attack broke (N,).
+        clean: Which samples are classified correctly (N,).
+        robust: Which of them are robust against every attack (N,).
         num_classes: K.
         class_counts: Training samples of each class (K,), if known.
     """

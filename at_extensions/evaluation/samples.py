@@ -1,4 +1,4 @@
-"""Images and labels read by number, from a tensor or from a map-style dataset."""
+"""Images and labels read by number, from a tensor, a NumPy array or a map-style dataset."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,40 +16,43 @@ from at_extensions.checks import check_count, check_images, check_labels
 class Samples:
     """The samples of one evaluation; a dataset is read batch by batch, so memory does not grow with its size.
 
-    Rows are numbered from 0 to ``len(samples) - 1``. Each row's fingerprint is taken when it is first read, and a later
-    read that differs (random augmentation, say) is an error: a verdict must be about one image.
+    Rows are numbered from 0 to ``len(samples) - 1``. Each row's fingerprint is taken at its first read, and a later
+    read that differs (because of random augmentation, say) is an error: a verdict is about one image.
 
     Args:
-        data: Images (N, C, H, W) in [0, 1], or a map-style dataset whose items start with an image (C, H, W) in [0, 1]
-            and a label.
-        labels: Class numbers (N,) for images that come as a tensor.
+        data: Images (N, C, H, W) in [0, 1], as a float tensor or NumPy array of any precision and memory layout; or a
+            map-style dataset whose items start with an image (C, H, W) in [0, 1] and a label.
+        labels: Class numbers (N,), of any integer type, for images in a tensor or array.
         n_examples: Take a random subset of this many, drawn by ``seed``; None takes all.
         seed: Draws the subset.
 
     Attributes:
-        indices: Each row's place in ``data`` (n,).
-        all: Whether that is all of ``data``.
+        indices: Position of each row in ``data`` (n,).
+        all: Whether the rows are all of ``data``.
         fingerprints: Row -> digest of its image and label, for the rows read so far.
 
     Raises:
-        TypeError: Not a tensor with labels, nor a map-style dataset.
+        TypeError: Neither a map-style dataset nor float images with integer labels.
         ValueError: Images outside [0, 1], or fewer samples than ``n_examples``.
     """
 
-    def __init__(self, data: Any, labels: Tensor | None = None, *, n_examples: int | None = None, seed: int = 0):
-        self._data, self._labels = data, labels
-        if isinstance(data, Tensor):
+    def __init__(self, data: Any, labels: Any = None, *, n_examples: int | None = None, seed: int = 0):
+        self._arrays = is_array(data)
+        if self._arrays:
             if labels is None:
-                raise TypeError("data is a tensor of images, so labels (B,) are needed too")
+                raise TypeError("data are images alone, so labels (B,) are needed too")
+            data, labels = as_images(data, "data"), as_labels(labels)
             check_images(data, name="data")
             check_labels(labels, size=len(data))
         elif not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             hint = "; pass loader.dataset" if hasattr(data, "dataset") else ""
-            raise TypeError(f"data must be a tensor of images or a map-style dataset, got {type(data).__name__}{hint}")
+            kind = type(data).__name__
+            raise TypeError(f"data must be a tensor or array of images or a map-style dataset, got {kind}{hint}")
         elif labels is not None:
-            raise TypeError("labels go with a tensor of images; a dataset brings its own")
+            raise TypeError("labels are for a tensor or array of images; a dataset has its own")
         elif len(data) == 0:
             raise ValueError("the dataset is empty")
+        self._data, self._labels = data, labels
         self.indices = _draw(len(data), n_examples, seed)
         self.all = len(self.indices) == len(data)
         self.fingerprints: dict[int, bytes] = {}
@@ -57,10 +61,10 @@ class Samples:
         return len(self.indices)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of ``rows`` as ``fetch`` does, if they are what they were at the first read.
+        """Return the images and labels of ``rows`` as ``fetch`` does, if they equal those of the first read.
 
         Raises:
-            ValueError: Images outside [0, 1], or other ones than at the first read.
+            ValueError: Images outside [0, 1], or different from those of the first read.
         """
         images, labels = self.fetch(rows)
         self._recognise(rows.tolist(), images, labels)
@@ -73,12 +77,12 @@ class Samples:
             ValueError: Images outside [0, 1].
         """
         index = self.indices[rows]
-        if isinstance(self._data, Tensor):
+        if self._arrays:
             images = self._data[index.to(self._data.device)]
             labels = self._labels[index.to(self._labels.device)]
         else:
             images, labels = _stack(self._data, index.tolist())
-        images = images.detach().to(torch.float32, memory_format=torch.contiguous_format)
+        images = images.detach().float().contiguous()
         return images, labels.to(images.device, torch.int64)
 
     def digest(self) -> str:
@@ -96,6 +100,44 @@ class Samples:
                     f"sample {int(self.indices[row])} changed between two reads; evaluate a dataset without random "
                     "augmentation, and the same one on every process"
                 )
+
+
+def is_array(data: Any) -> bool:
+    """Whether ``data`` are images in one tensor or NumPy array."""
+    return isinstance(data, (Tensor, np.ndarray))
+
+
+def as_images(images: Any, name: str = "images") -> Tensor:
+    """Return images (B, C, H, W) of floating point as a tensor; of an array without a copy, where its layout permits.
+
+    Raises:
+        TypeError: Integers, such as pixels from 0 to 255.
+    """
+    if isinstance(images, np.ndarray):
+        if images.dtype.kind != "f":
+            raise TypeError(
+                f"{name} must be floating point in [0, 1], got {images.dtype}; use {name}.astype('float32') / 255, and "
+                f"{name}.transpose(0, 3, 1, 2) if its shape is (B, H, W, C)"
+            )
+        images = _from_numpy(images.astype(np.float32, copy=False))
+    if isinstance(images, Tensor) and not images.is_floating_point():
+        raise TypeError(f"{name} must be floating point in [0, 1], got {images.dtype}; use {name}.float() / 255")
+    return images
+
+
+def as_labels(labels: Any) -> Tensor:
+    """Return class numbers as a tensor; integers of NumPy or of a list become int64."""
+    if isinstance(labels, (list, tuple)):
+        labels = np.asarray(labels)
+    if isinstance(labels, np.ndarray):
+        labels = _from_numpy(labels.astype(np.int64) if labels.dtype.kind in "iu" else labels)
+    return labels
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    """Share an array's memory, or copy it where torch takes no view of it: negative strides, read-only memory."""
+    shared = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if shared else np.array(array, order="C"))
 
 
 def _draw(total: int, n_examples: int | None, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model that attacks search on: of the same mind as the one given, and faster."""
+"""The model that attacks search on in place of the one given: the same logits, up to rounding, in less time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from at_extensions.folding import FoldedTwin, Windows, fold_batchnorm
-
-PRECISIONS = ("fp32", "bf16")
+from at_extensions.folding import FoldedTwin, fold_batchnorm, warn_once
 
 
 def search_model(
@@ -18,8 +16,8 @@ def search_model(
     """Return what to search on in place of a model in eval mode, or the model itself where nothing is faster.
 
     BatchNorm is folded into the convolutions before it, convolutions run in channels_last and, on a CPU, in the ways of
-    ``folding.convolution``, provided that the logits of ``x`` come out the same. Images stay contiguous: AutoAttack
-    views their gradients.
+    ``folding.backends``, provided that the logits of ``x`` come out the same; a ``TwinWarning`` says if they do not.
+    Images stay contiguous: AutoAttack views their gradients.
 
     Args:
         model: The model as given; anything but a module in eval mode is returned as it is, but for ``precision``.
@@ -33,22 +31,34 @@ def search_model(
     return torch.compile(search, dynamic=True) if compiled else search
 
 
-def windows_of(search: Callable[[Tensor], Tensor]) -> Windows | None:
-    """Return what tells the logits of images with a window changed, if ``search`` is a twin that has it."""
+def twin_in(search: Callable[[Tensor], Tensor]) -> FoldedTwin | None:
+    """Return the twin that ``search_model`` made, or None."""
     if isinstance(search, _LowPrecision):
         (search,) = search._model
-    return search.windows() if isinstance(search, FoldedTwin) else None
+    return search if isinstance(search, FoldedTwin) else None
 
 
 def _twin(model: Callable[[Tensor], Tensor], x: Tensor, tolerance: float = 1e-3) -> nn.Module | None:
-    """The model's twin, folded and in channels_last, if there is one and it agrees."""
+    """Return the model's twin, folded and in channels_last, if there is one and it agrees."""
     if not isinstance(model, nn.Module) or any(module.training for module in model.modules()):
         return None
     twin = fold_batchnorm(model, channels_last=True, only_folded=False)
     if twin is None:
         return None
-    logits, folded = model(x), twin(x)
-    return twin if folded.shape == logits.shape and close(folded, logits, tolerance) else None
+    logits = model(x)
+    try:
+        folded = twin(x)
+    except Exception as error:  # whatever a foreign model raises when it is computed otherwise
+        warn_once(model, f"no folded twin, attacks search on the model itself: {type(error).__name__}: {error}")
+        return None
+    if folded.shape == logits.shape and close(folded, logits, tolerance):
+        return twin
+    warn_once(
+        model,
+        "no folded twin, attacks search on the model itself: the twin's logits differ from the model's by more than "
+        f"{tolerance:g} of their spread",
+    )
+    return None
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -1,4 +1,4 @@
-"""The record of an evaluation on disk: one file per finished batch, tied to what was evaluated and how."""
+"""The record of an evaluation on disk: one file a finished batch, tied to the model, the data and the settings."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from at_extensions.runs import load_tensors, save_tensors, write_json
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one attack did to one numbered batch.
+    """The result of one attack on one numbered batch.
 
     Attributes:
         number: The batch's number within its attack.
         rows: The samples attacked (B,).
         broken: Which of them have an adversarial example (B,).
-        predictions: What the model says of the adversarial examples; of the rest, what it said before (B,).
-        adversarial: Adversarial examples of the first of the broken ones (M, C, H, W); all of them or as many as asked.
+        predictions: Classes predicted for the adversarial examples, or for the images without one (B,).
+        adversarial: Adversarial examples of the first of the broken ones, or of all (M, C, H, W).
         seconds: Time it took.
         zero_gradients: Samples at which the attack met a gradient of zero.
-        contradicted: Samples that the model, asked again, no longer classifies rightly.
+        contradicted: Samples that the model misclassifies in a second pass.
     """
 
     number: int
@@ -50,7 +50,7 @@ _NUMBERS = ("number", "seconds", "zero_gradients", "contradicted")
 
 
 class Store:
-    """The folder that finished batches are written to and read from; with no folder, nothing is kept.
+    """The folder that finished batches are written to and read from; without a folder, nothing is stored.
 
     Args:
         directory: The folder, or None.
@@ -60,14 +60,14 @@ class Store:
         self.directory = None if directory is None else Path(directory)
 
     def claim(self, settings: Mapping[str, Any], *, write: bool = True) -> None:
-        """Tie the folder to what is evaluated and how, or check that it is tied to just that.
+        """Tie the folder to an evaluation, or check that it is tied to this one.
 
         Args:
-            settings: Everything that decides the verdicts, as JSON.
+            settings: Everything that the verdicts depend on, as JSON.
             write: Whether this process writes the settings of a new folder.
 
         Raises:
-            ValueError: The folder belongs to another evaluation; the message says what differs.
+            ValueError: The folder belongs to another evaluation; the message names the differences.
         """
         if self.directory is None:
             return
@@ -89,7 +89,7 @@ class Store:
         if other:
             raise ValueError(
                 f"{self.directory} holds the state of another evaluation: it differs in {', '.join(other)}; "
-                "give another state_dir, or delete this one to start anew"
+                "give another state_dir, or delete this one to start again"
             )
 
     def save(self, attack: str, batch: Batch) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from at_extensions.checks import unknown_name
-from at_extensions.evaluation import square
-from at_extensions.evaluation.attacks import apgd, fab
+from at_extensions.evaluation.attacks import apgd, square
+from at_extensions.evaluation.attacks.fab import FAB
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module
 
@@ -32,7 +32,7 @@ GRADIENT_FREE = ("square",)
 
 @dataclass(eq=False)
 class Attackers:
-    """AutoAttack's four attack objects, under the names that it gives them.
+    """AutoAttack's four attack objects, under AutoAttack's names.
 
     Attributes:
         apgd: Untargeted APGD, on cross-entropy or the DLR loss.
@@ -59,7 +59,7 @@ def make_attackers(
 ) -> Attackers:
     """Return the attack objects as AutoAttack makes them, before any version's settings.
 
-    With ``only_verdicts`` APGD lets go of images once they are fooled beyond doubt; which ones it fools stays the same.
+    With ``only_verdicts`` APGD discards images once they are clearly fooled; it fools the same images.
     """
     module = attack_module("autopgd_base")
     untargeted, targeted = module.APGDAttack, module.APGDAttack_targeted
@@ -70,7 +70,7 @@ def make_attackers(
     return Attackers(
         apgd=untargeted(predict, n_restarts=5, **for_apgd),
         apgd_targeted=targeted(predict, n_restarts=1, **for_apgd),
-        fab=fab.attack_class()(predict, n_restarts=5, n_iter=100, **shared),
+        fab=FAB(predict, n_restarts=5, n_iter=100, **shared),
         square=square.attack_class()(predict, p_init=0.8, n_queries=5000, n_restarts=1, resc_schedule=False, **shared),
     )
 
@@ -100,7 +100,7 @@ def apply_version(attackers: Any, version: str, norm: str) -> None:
 
 
 def by_name(attackers: Any, names: Iterable[str], num_classes: int) -> dict[str, Any]:
-    """Return copies of the attack objects, by attack, that aim at no more target classes than there are.
+    """Return copies of the attack objects, by attack, with no more target classes than there are.
 
     Raises:
         ValueError: An unknown attack.
@@ -125,19 +125,19 @@ def by_name(attackers: Any, names: Iterable[str], num_classes: int) -> dict[str,
 
 
 def defined_for(names: Iterable[str], num_classes: int) -> tuple[tuple[str, ...], Flag | None]:
-    """Return the attacks whose loss is defined for so many classes, and a flag if that leaves one out.
+    """Return the attacks whose loss is defined for this number of classes, and a flag if one is left out.
 
     The DLR loss divides by the difference of the largest and the third largest logit, its targeted form by the largest
     and the mean of the third and the fourth.
     """
     names = tuple(names)
     needs = {"apgd-dlr": 3, "apgd-t": 4}
-    left = tuple(name for name in names if num_classes >= needs.get(name, 2))
-    if left == names:
+    defined = tuple(name for name in names if num_classes >= needs.get(name, 2))
+    if defined == names:
         return names, None
-    out = " and ".join(name for name in names if name not in left)
+    out = " and ".join(name for name in names if name not in defined)
     message = f"{out} left out: its loss is undefined for {num_classes} classes, so this is not a standard evaluation"
-    return left, Flag("few_classes", message, overestimates=False)
+    return defined, Flag("few_classes", message, overestimates=False)
 
 
 def check_usable(suite: Mapping[str, Any], model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -154,21 +154,21 @@ def check_usable(suite: Mapping[str, Any], model: Callable[[Tensor], Tensor], x:
         if not differentiable:
             raise ValueError(
                 "the model's logits carry no gradient (torch.no_grad inside its forward?), which AutoAttack needs; "
-                'version="custom", attacks=["square"] does without'
+                'version="custom", attacks=["square"] needs none'
             )
     return model
 
 
 def aimed(attack: Any, predict: Callable[[Tensor], Tensor], *, seed: int, device: torch.device, logger: Any) -> Any:
-    """Return a copy of an attack object that attacks ``predict``, whatever state others left in it."""
+    """Return a copy of an attack object that attacks ``predict``, with this seed, device and logger."""
     aim = "predict" if hasattr(attack, "predict") else "model"  # Square and FAB, APGD
     return _changed(attack, **{aim: predict}, seed=seed, device=device, logger=logger, verbose=False)
 
 
 def settings(attack: Any) -> dict[str, Any]:
-    """Return what decides an attack's outcome besides model, data and seed: its plain attributes."""
+    """Return an attack's settings: the plain attributes that decide its outcome beside model, data and seed."""
     kinds = (bool, int, float, str, type(None))
-    ignored = ("seed", "verbose", "device", "model", "predict", "logger", "y_target")
+    ignored = ("seed", "verbose", "device", "model", "predict", "logger", "y_target", "target_class")
     return {k: v for k, v in sorted(vars(attack).items()) if isinstance(v, kinds) and k not in ignored}
 
 

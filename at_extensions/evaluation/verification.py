@@ -1,4 +1,4 @@
-"""What counts as an adversarial example: the model as given is fooled, within the ball and the box."""
+"""Verification of adversarial examples: the model as given is fooled, within the ball and the box."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ULP = torch.finfo(torch.float32).eps
 def fooled(
     model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, x_adv: Tensor, norm: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return which of ``x_adv`` fool the model from within reach of ``x`` (B,), and the predicted classes (B,).
+    """Return which of ``x_adv`` fool the model within the eps-ball and the box (B,), and the predicted classes (B,).
 
     Args:
         model: The model as the user gave it.
@@ -29,7 +29,7 @@ def fooled(
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Return by how much the own class's logit exceeds the largest other (B,): logits (B, K), classes (B,)."""
+    """Return the own class's logit minus the largest other (B,), from logits (B, K) and classes (B,)."""
     own = y.unsqueeze(1)
     return logits.gather(1, own).squeeze(1) - logits.scatter(1, own, -torch.inf).amax(1)
 

@@ -1,5 +1,25 @@
 """Procedures that train models to learn something."""
 
+from at_extensions.experiments.cell import Cell
 from at_extensions.experiments.demo import demo
+from at_extensions.experiments.robust_accuracy import RobustAccuracy
+from at_extensions.experiments.running import StudyProgress, run_study
+from at_extensions.experiments.study import Arm, Study
+from at_extensions.experiments.summary import StudySummary, summarise
+from at_extensions.intervals import PairedDifference, paired_bootstrap, paired_interval, wilson_interval
 
-__all__ = ["demo"]
+__all__ = [
+    "Arm",
+    "Cell",
+    "PairedDifference",
+    "RobustAccuracy",
+    "Study",
+    "StudyProgress",
+    "StudySummary",
+    "demo",
+    "paired_bootstrap",
+    "paired_interval",
+    "run_study",
+    "summarise",
+    "wilson_interval",
+]

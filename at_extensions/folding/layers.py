@@ -1,11 +1,10 @@
-"""What the layers of a model become in its twin."""
+"""The layers of a twin that replace a model's, and questions about layers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from at_extensions.folding.tracing import is_hooked
@@ -16,23 +15,7 @@ class FoldedNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what comes in, activated where the BatchNorm is one with its activation."""
-        return _activate(self, x)
-
-
-class EvalNorm(_BatchNorm):
-    """A BatchNorm in eval mode whose weights need no gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the BatchNorm would."""
-        if x.device.type == "cpu" and not is_transformed():
-            x = _EvalBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        else:
-            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return _activate(self, x)
-
-
-def _activate(norm: nn.Module, x: Tensor) -> Tensor:
-    return norm.act(norm.drop(x)) if "act" in norm._modules else x
+        return self.act(self.drop(x)) if "act" in self._modules else x
 
 
 def is_transformed() -> bool:
@@ -49,21 +32,14 @@ def does_nothing(module: nn.Module | None) -> bool:
     return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
 
 
-class _EvalBatchNorm(torch.autograd.Function):
-    """BatchNorm in eval mode; on the CPU torch's own backward also sums over the batch for the weights' gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        ctx.save_for_backward(var, weight)
-        ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        # dx = gamma / sqrt(var + eps) grad: a BatchNorm without mean and shift
-        var, weight = ctx.saved_tensors
-        grad = F.batch_norm(grad, torch.zeros_like(var), var, weight, None, False, 0.0, ctx.eps)
-        return grad, None, None, None, None, None
+def padding_of(conv: nn.Conv2d) -> list[int] | None:
+    """Return the zeros at each side, (rows, columns), where they are as many at both ends: None otherwise."""
+    if conv.padding == "valid":
+        return [0, 0]
+    if conv.padding != "same":
+        return list(conv.padding)
+    wide = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(w % 2 for w in wide) else [w // 2 for w in wide]
 
 
 class InLayout(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
 
@@ -48,12 +48,6 @@ class _Tracer(fx.Tracer):
         """Note whether autocast is on."""
         (self.lowered if torch.is_autocast_enabled(self.device.type) else self.full_precision).add(m)
         return super().call_module(m, forward, args, kwargs)
-
-    def create_node(self, *args, **kwargs) -> fx.Node:
-        """Note whether a graph of gradients is recorded: not inside an autograd.Function, say."""
-        node = super().create_node(*args, **kwargs)
-        node.meta["records"] = torch.is_grad_enabled()
-        return node
 
     def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict) -> object:
         """Note that a tensor was read."""
@@ -149,11 +143,6 @@ def module_of(network: nn.Module, node: fx.Node) -> nn.Module | None:
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody watches or changes what goes in or out of the module."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def hooks_of(modules: Iterable[nn.Module]) -> list[dict]:
-    """Return where hooks on modules will be: filled once somebody registers one."""
-    return [getattr(module, hooks) for module in modules for hooks in _HOOKS]
 
 
 def are_all_hooked() -> bool:

@@ -1,31 +1,38 @@
-"""A frozen twin of a model in eval mode, for attacks to search on: folded BatchNorm, and the faster convolutions."""
+"""A frozen twin of a model in eval mode, for attacks to search on: BatchNorm folded into convolutions."""
 
 from __future__ import annotations
 
 import copy
-import logging
+import warnings
+import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from at_extensions.checks import check_model, device_of, is_about_a_view
-from at_extensions.folding.convolution import FastConv2d, make_fast
-from at_extensions.folding.fusing import fusable
-from at_extensions.folding.layers import EvalNorm, FoldedNorm, InLayout, is_transformed
-from at_extensions.folding.tracing import (
-    Trace,
-    are_all_hooked,
-    foldable_norms,
-    foldable_pairs,
-    hooks_of,
-    is_exactly,
-    is_hooked,
-    trace,
-)
-from at_extensions.folding.windows import Windows
+from at_extensions.folding.attributes import Watch
+from at_extensions.folding.backends import accelerate, kernels_enabled
+from at_extensions.folding.layers import FoldedNorm, InLayout, is_transformed
+from at_extensions.folding.tracing import Trace, foldable_norms, foldable_pairs, is_exactly, is_hooked, trace
 
-_log = logging.getLogger(__name__)
+_REBUILDS = 3  # refreshes in a row that build the twin anew, after which it is said to keep changing
+
+
+class TwinWarning(UserWarning):
+    """A folded twin, or what is built of one, cannot be used; the model itself is used instead."""
+
+
+_warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def warn_once(model: nn.Module, message: str) -> None:
+    """Emit a ``TwinWarning`` about a model, unless the same was said of this very module before."""
+    said = _warned.setdefault(model, set())
+    if message not in said:
+        said.add(message)
+        warnings.warn(f"{type(model).__name__}: {message}", TwinWarning, stacklevel=3)
 
 
 def fold_batchnorm(
@@ -40,7 +47,8 @@ def fold_batchnorm(
 
     A pair is folded only where a trace of the model shows that the convolution's output goes to that BatchNorm and
     nowhere else, that both run once a forward pass, and that nobody hooks, parametrizes or reads them otherwise. The
-    model itself is not changed in any way. Why nothing was folded goes to this module's logger, level INFO.
+    model itself is not changed in any way. A model that cannot be copied or traced has no twin, and a ``TwinWarning``
+    says why, once for each model; one in which nothing folds has none either, and that is no failure.
 
     Args:
         model: Any classifier; in train or in eval mode, which stays as it is.
@@ -54,16 +62,36 @@ def fold_batchnorm(
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: ``AT_EXTENSIONS_KERNELS`` is neither 0 nor 1.
     """
     check_model(model)
+    kernels_enabled()
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    norms = any(isinstance(module, foldable_norms()) for module in model.modules())
+    if not norms and (only_folded or convolutions < 2):
+        return None
     try:
         twin = FoldedTwin(model, channels_last=channels_last)
     except Exception as error:  # whatever a foreign model's copy or trace may raise: it then runs as it is
-        _log.info("%s is not folded: %s: %s", type(model).__name__, type(error).__name__, error)
+        warn_once(model, f"no folded twin, attacks search on the model itself: {type(error).__name__}: {error}")
         return None
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    if not twin.folded and (only_folded or convolutions < 2):
-        _log.info("%s is not folded: no BatchNorm directly follows a convolution", type(model).__name__)
+    return twin if twin.folded or not (only_folded or convolutions < 2) else None
+
+
+def refreshed(twin: FoldedTwin) -> FoldedTwin | None:
+    """Refresh a twin and return it, or None, with a ``TwinWarning`` that gives the reason, if it is of no more use."""
+    model = twin.model
+    try:
+        twin.refresh()
+    except Exception as error:  # as when a twin is built
+        warn_once(model, f"the folded twin cannot follow a change of the model: {type(error).__name__}: {error}")
+        return None
+    if twin.keeps_changing:
+        warn_once(
+            model,
+            "attributes, hooks or globals that its forward pass reads change at every step, so that a folded twin "
+            "costs more than it saves; attacks search on the model itself",
+        )
         return None
     return twin
 
@@ -71,30 +99,33 @@ def fold_batchnorm(
 class FoldedTwin(nn.Module):
     """What ``fold_batchnorm`` returns: maps images to the logits, and input gradients, of the model in eval mode.
 
-    Call ``refresh()`` after the model's weights, running statistics, device or dtype changed: once a training step,
-    under the autocast that the attack will run under. Its cost is one multiplication of the weights by their scales;
-    nothing waits for a device. Under autocast the weights are kept in its dtype, so that the attack's passes cast
-    none, and the twin then runs under that autocast wherever it is called. On a CPU, convolutions are computed in the
-    ways of ``convolution.FastConv2d``, some of them with the sum and the ReLU that follow (in bfloat16 they are then
-    rounded once, and a NaN becomes 0), and a normalisation by 0 and 1 is left out
-    (``models.Normalized.skip_identity_normalisation``).
+    Call ``refresh()`` after anything of the model changed: once a training step, under the autocast of the attack. Its
+    cost is one multiplication of the weights by their scales, and a comparison of the modules' attributes; no device is
+    synchronised. Under autocast the weights are kept in its dtype, so that the attack's passes cast none, and the twin
+    then runs under that autocast wherever it is called. On a CPU, some layers take the faster ways of
+    ``folding.backends``, unless the environment says ``AT_EXTENSIONS_KERNELS=0`` when the twin is built.
 
     Weights that need neither folding nor another dtype or layout are shared with the model. Hooks are shared too: those
-    of modules that were not folded fire as they do in the model. Python attributes (a dropout rate, say) are as they
-    were when the twin was built. Keep a twin out of other modules' attributes (in a list, say): its parameters, which
+    of modules that were not folded fire as they do in the model. Where ``refresh()`` notices that attributes, classes,
+    methods or globals read by the forward passes have changed, it takes them over or builds the twin anew
+    (``folding.attributes``). Keep a twin out of other modules' attributes (in a list, say): its parameters, which
     require no gradient, would enter their state dict. It is always in eval mode. A twin in channels_last whose model
     flattens its maps by ``view`` leaves that layout when it is first called.
 
     Attributes:
         network: The model's copy that runs.
         folded: How many BatchNorms were folded.
+        autocast: The dtype of the autocast that it was last refreshed under, or None.
+        channels_last: Whether it computes in that layout.
+        keeps_changing: Whether the last refreshes all had to build it anew, which costs more than a twin saves.
     """
 
     def __init__(self, model: nn.Module, *, channels_last: bool | None = None):
         super().__init__()
         self._model = [model]  # in a list: a reference, not a submodule
         self._channels_last = channels_last
-        self._autocast: torch.dtype | None = None
+        self.autocast: torch.dtype | None = None
+        self._rebuilds = 0
         self._build()
         self.refresh()
 
@@ -103,9 +134,28 @@ class FoldedTwin(nn.Module):
         """How many BatchNorms vanished into a convolution."""
         return len(self._folds)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that the twin was built of."""
+        return self._model[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and the twin since it was last refreshed."""
+        return device_of(self._model[0])
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the twin computes in channels_last."""
+        return self._layout is torch.channels_last
+
+    @property
+    def keeps_changing(self) -> bool:
+        """Whether the last refreshes all had to build the twin anew."""
+        return self._rebuilds > _REBUILDS
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of images (B, C, H, W) that the model would return in eval mode."""
-        self._let_wait(not (any(self._hooks) or are_all_hooked()))
         if self._layout is not torch.channels_last or torch.compiler.is_compiling():
             return self._run(x)
         try:
@@ -120,44 +170,40 @@ class FoldedTwin(nn.Module):
         last = torch.channels_last
         if self._layout is last and x.ndim == 4 and not is_transformed() and not x.is_contiguous(memory_format=last):
             x = InLayout.apply(x, last)
-        with torch.autocast(x.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self.network(x)
 
     def _leave_channels_last(self) -> None:
         """Compute in the model's own layout from now on: it flattens its maps by ``view``, which takes no other."""
         self._channels_last = False
         self._own.clear()  # whose memory is in the other layout
-        with torch.autocast(device_of(self._model[0]).type, dtype=self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(device_of(self._model[0]).type, dtype=self.autocast, enabled=self.autocast is not None):
             self.refresh()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> FoldedTwin:
-        """Take over the model's present weights, running statistics and device; returns the twin itself."""
+        """Take over the model's present weights, statistics, attributes and device; return the twin itself.
+
+        Raises:
+            Exception: The model changed into one that cannot be copied or traced.
+        """
         if self._is_stale():
+            self._rebuilds += 1
             self._build()
+        else:
+            self._rebuilds = 0
         device = device_of(self._model[0])
-        self._autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        self.autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         self._layout = torch.channels_last if self._wants_channels_last(device) else torch.preserve_format
         with torch.autocast(device.type, enabled=False):
             for shared in self._shared:
                 self._share(shared)
             for fold in self._folds:
                 self._fold(fold)
-        for conv in self._fast:
-            conv.forget()
-        if device.type == "cpu":  # nowhere else, as it reads values
-            for module in self._to_settle:
-                module.skip_identity_normalisation()
+        for layer in self._accelerated:
+            layer.forget()
         return self
-
-    def windows(self) -> Windows | None:
-        """What tells the logits of images with a window changed, with the present weights; None if nothing can."""
-        try:
-            return Windows(self.network, autocast=self._autocast, channels_last=self._layout is torch.channels_last)
-        except Exception as error:  # as for the twin itself
-            _log.info("%s has no windows: %s: %s", type(self._model[0]).__name__, type(error).__name__, error)
-            return None
 
     def train(self, mode: bool = True) -> FoldedTwin:
         """Stay in eval mode."""
@@ -172,13 +218,11 @@ class FoldedTwin(nn.Module):
         model = self._model[0]
         network = _copy_sharing_tensors(model).eval()
         live = dict(zip(network.modules(), model.modules(), strict=True))
+        live_of = [(original, copied) for copied, original in live.items()]
         traced = trace(network)
         pairs = foldable_pairs(network, traced)
-        for norm in [m for m in network.modules() if type(m) in (*_PLAIN_NORMS, *foldable_norms())]:
-            if "forward" not in vars(norm) and norm.running_mean is not None:
-                norm.__class__ = EvalNorm  # by class, not by a new module: whoever else holds the norm sees it too
         for conv, norm in pairs:
-            norm.__class__ = FoldedNorm
+            norm.__class__ = FoldedNorm  # by class, not by a new module: other holders of the norm see it too
             conv.weight, conv.bias = (nn.Parameter(torch.empty(0), requires_grad=False) for _ in range(2))
         self.network = network
         self._own: set[nn.Parameter] = set()  # those whose memory is not the model's
@@ -191,26 +235,16 @@ class FoldedTwin(nn.Module):
             for module in network.modules()
             if module not in folded and (module._parameters or module._buffers)
         ]
-        self._fast = make_fast([module for module in network.modules() if is_exactly(module, (nn.Conv2d,))])
-        for conv, ends_with_relu in fusable(network, traced, FastConv2d).items():
-            conv.ends_with_relu = ends_with_relu
-        self._to_settle = [module for module in network.modules() if hasattr(module, "skip_identity_normalisation")]
-        self._waits = True
-        self._hooks = hooks_of(module for module in network.modules() if not is_hooked(module))
+        self._accelerated = accelerate(network)
+        self._watch = Watch(live_of)
 
     def _is_stale(self) -> bool:
-        """Whether modules of the model, their tensors' names or their hooks are others than the twin was built of."""
+        """Whether the model is another than the twin was built of, in more than can be taken over."""
         now = _structure(self._model[0])
-        return len(now) != len(self._seen) or any(
-            a is not b or names != seen for (a, *names), (b, *seen) in zip(now, self._seen, strict=True)
+        same = len(now) == len(self._seen) and all(
+            a is b and names == seen for (a, *names), (b, *seen) in zip(now, self._seen, strict=True)
         )
-
-    def _let_wait(self, waits: bool) -> None:
-        """Let convolutions wait for what follows them, unless a hook that came meanwhile would see them wait."""
-        if waits != self._waits:
-            for conv in self._fast:
-                conv.waits = waits
-            self._waits = waits
+        return not (same and self._watch.follow())
 
     def _wants_channels_last(self, device: torch.device) -> bool:
         if self._channels_last is not None:
@@ -230,7 +264,7 @@ class FoldedTwin(nn.Module):
 
     def _dtype(self, value: Tensor, lowers: bool) -> torch.dtype:
         """Return the dtype that autocast would compute in; it leaves float64 alone."""
-        return self._autocast if lowers and self._autocast and value.dtype is not torch.float64 else value.dtype
+        return self.autocast if lowers and self.autocast and value.dtype is not torch.float64 else value.dtype
 
     def _place(self, held: nn.Parameter, value: Tensor, lowers: bool) -> None:
         """Share a value's memory, or write it into memory of the twin's own where dtype or layout differ."""
@@ -270,7 +304,7 @@ def _precise(tensor: Tensor) -> Tensor:
 
 
 class _Fold(NamedTuple):
-    """A convolution and the BatchNorm after it in the model, and the twin's convolution that stands for both.
+    """A convolution and the BatchNorm after it in the model, and the twin's convolution that computes both.
 
     ``lowers``: autocast computes it in its own dtype.
     """
@@ -290,7 +324,6 @@ class _Shared(NamedTuple):
 
 
 _LOWERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _structure(model: nn.Module) -> list[tuple]:
@@ -320,14 +353,27 @@ def _lowered(network: nn.Module, traced: Trace) -> set[nn.Module]:
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """Copy a model's modules; its hooks and the memory of its parameters stay shared, its buffers are cloned."""
     memo: dict[int, object] = {}
-    for module in model.modules():
+    modules = set(model.modules())
+    for module in modules:
         for name, value in vars(module).items():
             if "_hooks" in name:
                 memo[id(value)] = value
-            elif isinstance(value, Tensor):
-                memo[id(value)] = value.detach()
+            elif name not in ("_parameters", "_buffers", "_modules"):
+                for part in _parts(value):
+                    if isinstance(part, Tensor):
+                        memo[id(part)] = part.detach()
+                    elif isinstance(part, nn.Module) and part not in modules:
+                        memo[id(part)] = part  # not registered, so the model's own: nothing else follows its weights
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()  # a trace may write into one; refresh() shares them
     return copy.deepcopy(model, memo)
+
+
+def _parts(value: object, depth: int = 3) -> Iterator[object]:
+    """Yield a value and what its containers hold."""
+    yield value
+    if depth and isinstance(value, (list, tuple, set, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part, depth - 1)

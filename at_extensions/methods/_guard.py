@@ -127,7 +127,7 @@ def check_kinds(x: Tensor, y: Tensor, index: Tensor | None, *, needs_index: str 
 
 
 def _logits(model: nn.Module, x: Tensor, *, training: bool) -> Tensor:
-    """Run a batch through the model without a trace of it, and return what must be logits (B, K)."""
+    """Run a batch through the model without a trace of it, and return its logits (B, K)."""
     with untouched(model, training=training), _uncompiled():
         try:
             logits = model(x)

@@ -37,7 +37,7 @@ class BalancedSoftmaxAT(Method):
             gives every class eps.
         attack: Any torchattacks attack on ``model`` instead; eps, alpha, steps, start and class_eps are then unused.
         batchnorm: ``"eval"`` or ``"train"`` during the attack, as in ``Method``.
-        twin: Search on a folded twin of the model, as in ``Method``.
+        twin: Whether to search on a folded twin of the model, as in ``Method``.
         seed: Where the stream of random starts begins.
 
     Raises:
@@ -58,7 +58,7 @@ class BalancedSoftmaxAT(Method):
         class_eps: float = 0.0,
         attack: Attack | None = None,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         counts = check_class_counts(class_counts)

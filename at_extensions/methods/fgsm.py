@@ -33,7 +33,7 @@ class FGSMAT(Method):
         variant: ``"n"``, ``"rs"`` or ``"plain"``.
         attack: Any torchattacks attack on ``model`` instead; the other attack options are then unused.
         batchnorm: ``"eval"`` or ``"train"`` during the attack, as in ``Method``.
-        twin: Search on a folded twin of the model, as in ``Method``.
+        twin: Whether to search on a folded twin of the model, as in ``Method``.
         seed: Where the stream of random starts begins.
 
     Raises:
@@ -50,7 +50,7 @@ class FGSMAT(Method):
         variant: str = "n",
         attack: Attack | None = None,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         attack = _attack(model, variant, eps, alpha, k) if attack is None else attack
@@ -80,7 +80,7 @@ def fgsm(
     eps: float = 8 / 255,
     attack: Attack | None = None,
     batchnorm: str = "eval",
-    twin: bool = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> FGSMAT:
     """Build FGSM-AT."""
@@ -95,7 +95,7 @@ def rs_fgsm(
     alpha: float | None = None,
     attack: Attack | None = None,
     batchnorm: str = "eval",
-    twin: bool = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> FGSMAT:
     """Build RS-FGSM."""
@@ -111,7 +111,7 @@ def n_fgsm(
     k: float = 2.0,
     attack: Attack | None = None,
     batchnorm: str = "eval",
-    twin: bool = True,
+    twin: bool | str = "auto",
     seed: int = 0,
 ) -> FGSMAT:
     """Build N-FGSM."""

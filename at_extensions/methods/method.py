@@ -1,4 +1,4 @@
-"""The contract of every training method, and the register of their names."""
+"""The contract of every training method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchattacks.attack import Attack
 
 from at_extensions.attacks import Loss, RandomStream, attacking, check_attack, first_pass, perturb
 from at_extensions.checks import check_logits, check_model, check_name
-from at_extensions.folding import FoldedTwin, fold_batchnorm
+from at_extensions.folding import FoldedTwin, TwinChoice, count_steps, fold_batchnorm, refreshed
 from at_extensions.methods._guard import BatchGuard, check_kinds
 from at_extensions.untouched import BATCHNORM
 
@@ -29,12 +29,14 @@ class Step(NamedTuple):
         logits: (B, K) of the training forward, on ``x_adv`` unless the method says otherwise.
         x_adv: (B, C, H, W), the images that the model was trained on.
         terms: Named parts of the loss, detached scalars, which ``Trainer`` logs as ``train_<name>``.
+        clean_logits: (B, K) of the clean images in the training forward, with gradient, for methods that forward them.
     """
 
     loss: Tensor
     logits: Tensor
     x_adv: Tensor
     terms: Mapping[str, Tensor] = MappingProxyType({})
+    clean_logits: Tensor | None = None
 
     def plus(self, name: str, term: Tensor) -> Step:
         """Return this step with a term (a scalar) added to its loss, and logged under ``name``."""
@@ -63,9 +65,10 @@ class Method(nn.Module):
             batch's own; running statistics are not updated either way).
         twin: Let the attack search on a folded twin of the model (``folding.fold_batchnorm``), refreshed once a step:
             the same logits and input gradients up to rounding, in less time (on a CPU where convolutions have many
-            channels, five digits of them in float32, and in bfloat16 up to twice the rounding errors). Where nothing
-            folds, where BatchNorm normalises by the batch, or where attacks are nested, the model itself is searched
-            on.
+            channels, five digits of them in float32). ``"auto"``: for attacks of three gradient steps or more; True:
+            always; ``"measure"``: where the first steps show that it is faster (``folding.TwinChoice``); False: never.
+            Where nothing folds, where BatchNorm normalises by the batch, or where attacks are nested, the model itself
+            is searched on.
         seed: Of the stream of random starts.
 
     Attributes:
@@ -86,7 +89,7 @@ class Method(nn.Module):
         attack: Attack | None = None,
         *,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         super().__init__()
@@ -96,7 +99,9 @@ class Method(nn.Module):
         self.batchnorm = check_name("batchnorm", batchnorm, BATCHNORM)
         self.stream = RandomStream(seed)
         self.keep_first_pass, self.first_pass = False, None
-        folds = twin and batchnorm == "eval" and attack is not None and not attack._attacks
+        self._choice = TwinChoice(twin)
+        folds = batchnorm == "eval" and attack is not None and not attack._attacks
+        folds = folds and self._choice.may_use(count_steps(attack))
         self._twin: list[FoldedTwin | None] | None = [] if folds else None  # a list: the twin is no submodule
         self._compiled: dict | None = None
         self._step: dict | None = None
@@ -234,12 +239,12 @@ class Method(nn.Module):
         Args:
             x: Images (B, C, H, W) in [0, 1].
             y: Class numbers (B,).
-            loss: What to maximise instead of cross-entropy, for attacks that take it: logits to a scalar or (B,).
+            loss: Loss to maximise instead of cross-entropy, for attacks that take one: logits to a scalar or (B,).
         """
         recorded = first_pass(self.attack) if self.keep_first_pass else contextlib.nullcontext()
-        with self._one_step(), recorded as self.first_pass:
-            options = {"stream": self.stream, "batchnorm": self.batchnorm, "twin": self._step_twin()}
-            return perturb(self.attack, x, y, loss=loss, **options)
+        turn = self._choice.turn(x, count_steps(self.attack), self._step_twin)
+        with self._one_step(), recorded as self.first_pass, turn as twin:
+            return perturb(self.attack, x, y, loss=loss, stream=self.stream, batchnorm=self.batchnorm, twin=twin)
 
     def _fresh_twin(self) -> FoldedTwin | None:
         """Return the twin with the model's present weights; it is built when it is first needed."""
@@ -249,7 +254,9 @@ class Method(nn.Module):
             self._twin.append(fold_batchnorm(self.model))
             if self._twin[0] is not None and self._compiled is not None:
                 self._twin[0].compile(**self._compiled)
-        return None if self._twin[0] is None else self._twin[0].refresh()
+        if self._twin[0] is not None:
+            self._twin[0] = refreshed(self._twin[0])
+        return self._twin[0]
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor | None = None) -> Step:
         """Forward the adversarial examples once and return their cross-entropy."""
@@ -285,14 +292,14 @@ class Method(nn.Module):
         return [f"{prefix}.{name}".lstrip(".") for prefix, m in methods for name in m._local_buffers]
 
     def epoch_end(self) -> None:
-        """Turn the memory of one epoch into what the next one needs, and raise if a batch could not be right.
+        """Prepare the next epoch from the memory of this one, and raise if a batch could not be right.
 
         Overriding methods call it too. Under several processes each calls it.
         """
         self.check()
 
     def memory(self) -> dict[str, Any]:
-        """Return the part of the state dict that is not the model's: what a checkpoint keeps beside the model."""
+        """Return the part of the state dict that is not the model's, which a checkpoint keeps beside the model."""
         inside = {id(module) for module in self.model.modules()}
         named = self.named_modules(remove_duplicate=False)
         prefixes = tuple(f"{name}." for name, module in named if id(module) in inside)
@@ -323,8 +330,10 @@ class Method(nn.Module):
         }
 
     def get_extra_state(self) -> dict:
-        """Return the positions of this method's own random streams, for the state dict."""
-        return {name: value.state_dict() for name, value in vars(self).items() if isinstance(value, RandomStream)}
+        """Return the positions of this method's own random streams and a measured choice of twins."""
+        measured = self._choice.state_dict() if "_choice" in vars(self) else {}
+        streams = {name: value.state_dict() for name, value in vars(self).items() if isinstance(value, RandomStream)}
+        return streams | ({"twin": measured} if measured else {})
 
     def set_extra_state(self, state: dict) -> None:
         """Go on with the random streams of a state dict.
@@ -332,11 +341,15 @@ class Method(nn.Module):
         Raises:
             ValueError: It has other streams.
         """
+        state = dict(state)
+        measured = state.pop("twin", {})
         own = {name: value for name, value in vars(self).items() if isinstance(value, RandomStream)}
         if own.keys() != state.keys():
             raise ValueError(f"{type(self).__name__} has the streams {sorted(own)}, the state dict {sorted(state)}")
         for name, stream in own.items():
             stream.load_state_dict(state[name])
+        if "_choice" in vars(self):
+            self._choice.load_state_dict(measured)
 
 
 def _shape(value: Any) -> torch.Size | None:

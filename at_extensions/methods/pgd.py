@@ -22,7 +22,7 @@ class PGDAT(Method):
         start: ``"uniform"``, ``"gaussian"`` or ``"zero"``, as in ``attacks.PGD``.
         attack: Any torchattacks attack on ``model`` instead; eps, alpha, steps and start are then unused.
         batchnorm: ``"eval"`` or ``"train"`` during the attack, as in ``Method``.
-        twin: Search on a folded twin of the model, as in ``Method``.
+        twin: Whether to search on a folded twin of the model, as in ``Method``.
         seed: Where the stream of random starts begins.
 
     Raises:
@@ -39,7 +39,7 @@ class PGDAT(Method):
         start: str = "uniform",
         attack: Attack | None = None,
         batchnorm: str = "eval",
-        twin: bool = True,
+        twin: bool | str = "auto",
         seed: int = 0,
     ):
         attack = PGD(model, eps, alpha, steps, start) if attack is None else attack

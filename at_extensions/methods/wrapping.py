@@ -17,7 +17,7 @@ from at_extensions.methods.method import Method, Step, check_takes_loss
 class Wrapping(Method):
     """A method around another one: model, attack, random starts, twin and compiled state are the inner method's.
 
-    By itself it changes nothing. A subclass overrides what it changes, and asks ``self.inner`` for the rest:
+    By itself it changes nothing. A subclass overrides some of these methods and asks ``self.inner`` for the rest:
 
     - ``attack_loss(x, y, index)``: the loss that the attack maximises, such as ``self.inner_attack_loss(x, y, index)``
       plus a penalty; it is handed down to the inner method's ``perturb``.

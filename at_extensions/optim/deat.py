@@ -13,7 +13,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from at_extensions.checks import check_number
 
-_NEWER, _OLDER = "momentum_newer", "momentum_older"  # h_{t-1} and h_{t-2}; they trade places at each step
+_NEWER, _OLDER = "momentum_newer", "momentum_older"  # h_{t-1} and h_{t-2}; the roles swap at each step
 
 
 class DEAT(Optimizer):
@@ -28,25 +28,24 @@ class DEAT(Optimizer):
     Even and odd steps keep separate momenta, and each step subtracts the other one's. This is the Positive-Negative
     Momentum of Xie et al. (2021) with beta1 = sqrt(k2) and beta2 = k1.
 
-    What it does, by the paper: PGD-AT follows d theta = -(A + (K + 1/2) a A^2) theta dt + sqrt(a/b) A B dW for learning
+    Effect, by the paper: PGD-AT follows d theta = -(A + (K + 1/2) a A^2) theta dt + sqrt(a/b) A B dW for learning
     rate a, batch size b and K attack steps; the stationary covariance grows with a/b and a PAC-Bayes bound on the
     robust error shrinks. The derivation assumes a locally quadratic risk, constant Gaussian noise and equal inner and
-    outer learning rates. What it does not say: at a constant rate the displacement telescopes to -a' times the sum of
+    outer learning rates. Not in the paper: at a constant rate the displacement telescopes to -a' times the sum of
     all gradients, so the added noise alternates in sign and mostly cancels over many steps, and with the default k1 a
     step is sqrt(5) times shorter than plain SGD's and 22 times shorter than that of SGD with momentum 0.9 at the same
-    lr. ``at_extensions.analysis.diffusion`` computes both and finds the rates at which optimisers match. In our own
-    short runs (``benchmarks/reproduce.py deat --scale cpu``) it gained nothing over either, at equal nominal or
-    effective lr.
+    lr. ``at_extensions.analysis.diffusion`` computes both and the rates at which optimisers match. In our own short
+    runs (``benchmarks/reproduce.py deat --scale cpu``) it gained nothing over either, at equal nominal or effective lr.
 
     Weight decay: the paper does not state the style. Coupled (default) adds ``weight_decay * theta`` to the gradient,
     as ``torch.optim.SGD`` does, so in the long run weights shrink by a' * weight_decay a step; ``decoupled=True``
     multiplies them by 1 - lr * weight_decay before the step, as PNM and AdamW do.
 
-    Precision: the two momenta (all the memory there is beside the parameters) are kept in float32 for bfloat16 and
-    float16 parameters, also through a checkpoint, and in the parameter's dtype otherwise. A parameter that has no
-    gradient in a step is left alone, decay included, and its own recursion goes on when it next has one: the parity of
-    steps is counted per parameter, and it is saved by the roles ``momentum_newer`` and ``momentum_older`` in the state.
-    These trade places at each step, so a CUDA graph must not record ``step``; it refuses.
+    State: two momenta per parameter, in float32 for bfloat16 and float16 parameters, also through a checkpoint, and in
+    the parameter's dtype otherwise. A parameter without a gradient is not changed, not even by weight decay, and its
+    recursion continues at its next gradient: the parity of steps is counted per parameter and saved by the roles
+    ``momentum_newer`` and ``momentum_older`` in the state. The roles swap at each step, so ``step`` cannot be captured
+    in a CUDA graph; it raises.
 
     Args:
         params: Parameters, named parameters or groups of them; real floating point, with dense gradients.
@@ -113,10 +112,10 @@ class DEAT(Optimizer):
             closure: Clears the gradients, evaluates the loss, calls ``backward`` and returns the loss.
 
         Returns:
-            What the closure returned; None without one.
+            The closure's loss; None without a closure.
 
         Raises:
-            RuntimeError: A gradient is sparse, or a CUDA graph is being recorded.
+            RuntimeError: A gradient is sparse, or a CUDA graph is being captured.
         """
         loss = None
         if closure is not None:
@@ -147,7 +146,7 @@ class DEAT(Optimizer):
         return loss
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        """Return the momenta of a parameter, made of zeros if this is its first step."""
+        """Return the momenta of a parameter; zeros at its first step."""
         state = self.state[param]
         if not state:
             for name in (_NEWER, _OLDER):
@@ -157,7 +156,7 @@ class DEAT(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned: the next step is then bit for bit what it would have been.
+        """Load the result of ``state_dict``; the next step is bit for bit that of the saved optimiser.
 
         Raises:
             ValueError: The state is that of another optimiser, or of parameters in other groups or shapes.
@@ -175,7 +174,7 @@ class DEAT(Optimizer):
                     self.state[param][name] = state[name].to(param.device, _state_dtype(param), copy=True)
 
         hooks = [
-            self.register_load_state_dict_pre_hook(check),  # last, to see what other hooks made of the state
+            self.register_load_state_dict_pre_hook(check),  # last, so that it checks the state that other hooks return
             self.register_load_state_dict_post_hook(keep_precision, prepend=True),
         ]
         try:
@@ -263,7 +262,7 @@ def _state_dtype(param: Tensor) -> torch.dtype:
 
 
 def _alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """Split ``params`` by device and dtype."""
+    """Group ``params`` by device and dtype."""
     lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
         lists.setdefault((p.device, p.dtype), []).append(p)
@@ -292,7 +291,7 @@ def _check_parameters(params: list[Tensor]) -> None:
 
 
 def _check_gradients(groups: list[dict[str, Any]]) -> None:
-    """Refuse what would go wrong, before any parameter has changed."""
+    """Refuse unsupported gradients before any parameter changes."""
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     if any(g.layout != torch.strided for g in grads):
         raise RuntimeError(
@@ -303,13 +302,13 @@ def _check_gradients(groups: list[dict[str, Any]]) -> None:
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "the two momenta of DEAT trade places at each step, which the replay of a CUDA graph would not do; "
+            "the two momenta of DEAT swap roles at each step, which the replay of a CUDA graph would not do; "
             "leave optimizer.step() out of the graph, or use torch.compile"
         )
 
 
 def _check_state_dict(optimizer: DEAT, state_dict: dict[str, Any]) -> None:
-    """Refuse a state that DEAT did not write for these parameters, before anything has changed."""
+    """Refuse a state that DEAT did not write for these parameters, before anything changes."""
     foreign = "this is not the state of a DEAT optimiser: "
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(foreign + "it has no 'state' and 'param_groups'")

@@ -22,7 +22,7 @@ def write_criticality(results: Mapping[str, LayerCriticality], out: str | Path) 
 
     ``criticality.json`` (``read_criticality`` reads it), ``criticality.csv`` with a row a layer,
     ``criticality_depth.png``, ``criticality_heatmap.png``, ``criticality_stages.png``, and for each model but the first
-    what it adds to the first, ``criticality_<model>_minus_<first>.png``, where they share layers.
+    its difference to the first, ``criticality_<model>_minus_<first>.png``, where they share layers.
 
     Raises:
         ValueError: No results, or different divergences.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Results = Mapping[str, LayerCriticality]
-"""By model, what was measured."""
+"""Results by model."""
 
 _MAX_NAMES = 64  # layers whose names still fit beside each other
 
@@ -23,7 +23,7 @@ _MAX_NAMES = 64  # layers whose names still fit beside each other
 def depth_curves(results: Results) -> Figure:
     """Draw criticality by layer, from the first to the last, with 95 % intervals where they are known.
 
-    Models of one architecture share an axis of layers; otherwise layers stand at their relative depth.
+    Models of one architecture share an axis of layers; otherwise layers are placed at their relative depth.
 
     Raises:
         ValueError: No results, or different divergences.
@@ -82,9 +82,9 @@ def difference_bars(first: LayerCriticality, second: LayerCriticality, names: Se
     """Draw by how much ``second`` exceeds ``first`` at each layer that both have, with 95 % Welch intervals.
 
     Args:
-        first: What is subtracted.
-        second: What it is subtracted from.
-        names: What to call them.
+        first: The subtrahend.
+        second: The minuend.
+        names: Their names.
 
     Raises:
         ValueError: They have no layer in common, or were measured by different divergences.
@@ -139,7 +139,7 @@ def eps_curves(results: Results, eps: Mapping[str, float]) -> Figure:
     """Draw the average over layers and the mean of each stage against the radius that a model was trained for.
 
     Args:
-        results: By model, what was measured; of one architecture.
+        results: Results by model, of one architecture.
         eps: By model, its radius in [0, 1]; 0 for standard training.
 
     Raises:
@@ -166,7 +166,7 @@ def eps_curves(results: Results, eps: Mapping[str, float]) -> Figure:
 
 @styled
 def _check(results: Results) -> str:
-    """Return the unit of what was measured."""
+    """Return the unit of the measure."""
     kinds = {result.divergence for result in results.values()}
     if not results:
         raise ValueError("no results to draw")

@@ -18,7 +18,7 @@ from at_extensions.runs import atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any common colour blindness; a page may set its own as --hue-1, --hue-2, ...
+# Okabe and Ito's colours, distinct with any common colour blindness; a page may set its own as --hue-1, --hue-2, ...
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK = "#1c2127"  # becomes currentColor in a page
 FAINT = "#d3d6da"  # becomes the page's --line
@@ -104,9 +104,9 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     """Return a figure as an ``<svg>`` element that takes its text and hues from the page around it.
 
     Args:
-        figure: What to render.
+        figure: The figure.
         prefix: Put before every id, so that several figures can share a page.
-        description: What screen readers say.
+        description: Text for screen readers.
     """
     from markupsafe import escape
 

@@ -49,7 +49,7 @@ class _Entry:
 
     @property
     def board(self) -> tuple[str, str, float]:
-        """Data set, threat model and radius: what can be compared."""
+        """Data set, threat model and radius, within which results compare."""
         radius = 0.0 if "corruptions_acc" in self.info else parse_fraction(self.info["eps"] or 0)
         return str(self.info["dataset"]), self.threat_model, radius
 
@@ -108,7 +108,7 @@ def _find(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> _Entry:
-    """Read one result; what decides the ranking must be there and be numbers."""
+    """Read one result; the values that decide the ranking must be there and be numbers."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8

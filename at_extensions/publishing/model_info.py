@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from at_extensions.checks import check_eps, check_norm, parse_fraction
+from at_extensions.publishing.naming import venue
 from at_extensions.settings import Paper
 
 _ACCURACY = re.compile(r"\d{1,3}\.\d{2}")
@@ -80,9 +81,9 @@ def model_info(
 
     Args:
         report: A ``RobustnessReport`` or its ``to_dict()``.
-        paper: What the numbers belong to.
+        paper: The paper of the result.
         dataset: Name of the data, such as ``"cifar10"``.
-        architecture: Name of the network as people write it, such as ``"PreActResNet-18"``.
+        architecture: Printed name of the network, such as ``"PreActResNet-18"``.
         number_forward_passes: Forward passes one prediction takes.
         footnote: Replaces the paper's footnote.
 
@@ -100,7 +101,7 @@ def model_info(
         "additional_data": paper.additional_data,
         "number_forward_passes": number_forward_passes,
         "dataset": dataset,
-        "venue": paper.venue,
+        "venue": venue(paper.venue, paper.link),
         "architecture": architecture,
         "eps": eps_fraction(values["eps"], values["norm"]),
         "clean_acc": percent(values["clean_accuracy"], "clean_accuracy"),
@@ -116,7 +117,7 @@ def check_model_info(info: Any) -> dict[str, Any]:
     """Return ``info`` if it is a result that RobustBench's leaderboard can hold.
 
     Args:
-        info: What a ``model_info`` JSON holds. ``corruptions_acc`` may stand in for ``autoattack_acc``, and eps is then
+        info: Contents of a ``model_info`` JSON. ``corruptions_acc`` may replace ``autoattack_acc``, and eps is then
             allowed to be null.
 
     Raises:
@@ -139,7 +140,7 @@ def check_model_info(info: Any) -> dict[str, Any]:
 
 
 def _problems(key: str, value: Any, kind: type) -> list[str]:
-    """What is wrong with one value."""
+    """Return the faults of one value."""
     if type(value) is not kind:  # bool is an int to isinstance
         return [f"{key} must be {kind.__name__}, got {type(value).__name__} {value!r}"]
     if key == "eps":

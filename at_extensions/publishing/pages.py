@@ -34,8 +34,8 @@ def render(template: str, **values: Any) -> str:
     """Fill one of ``templates/``: HTML with autoescaping, anything else as plain text.
 
     Args:
-        template: File name; what it is follows from its ending.
-        **values: What the template asks for; a name it lacks raises.
+        template: File name; the ending decides about escaping.
+        **values: Values of the template's names; a missing one raises.
     """
     return _environment(template.endswith(".html")).get_template(template).render(**values)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """The epochs that measured ``key``, and what they measured."""
+    """Return the epochs that measured ``key``, and its values."""
     points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None and row.get("epoch") is not None]
     return [x for x, _ in points], [y for _, y in points]
 
@@ -132,12 +132,12 @@ def attacks_of(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 @styled
 def per_class_bars(reports: Mapping[str, Mapping[str, Any]], class_names: Sequence[str] | None = None) -> Figure:
-    """Draw clean and robust accuracy by class, one panel a run; counts stand below where classes differ in size.
+    """Draw clean and robust accuracy by class, one panel a run; counts are written below where classes differ in size.
 
     Args:
         reports: By run, a ``RobustnessReport.to_dict()`` with ``per_class``: dicts of ``class``, ``count``, ``clean``,
             ``robust`` and, where the training set was long-tailed, ``train_count``.
-        class_names: What to write under the bars; the class numbers if None.
+        class_names: Labels of the bars; the class numbers if None.
     """
     figure = new_figure(0.8 + 2.2 * len(reports))
     panels = figure.subplots(len(reports), 1, squeeze=False, sharey=True)[:, 0]

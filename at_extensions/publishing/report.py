@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Run:
-    """What the page says of one run."""
+    """The contents of the page about one run."""
 
     label: str
     config: Mapping[str, Any]
@@ -71,7 +71,7 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page on the runs: headline numbers, figures, configuration, how to reproduce.
 
-    What a run does not have yet (an evaluation, examples, metrics) the page says in so many words.
+    The page states which parts a run lacks: an evaluation, examples, metrics.
 
     Args:
         runs: The runs, in the order to show them.
@@ -124,7 +124,7 @@ def _read(runs: Sequence[RunDirectory]) -> list[_Run]:
 
 
 def _commands(pages: Sequence[_Run]) -> list[str]:
-    """What to type to train and evaluate each run again."""
+    """Return the commands that train and evaluate each run again."""
     lines = []
     for page in pages:
         trained = train_command(page.config, page.label)
@@ -140,7 +140,7 @@ def _threat(evaluation: Mapping[str, Any]) -> str:
 
 
 def _headline(evaluated: Mapping[str, Mapping[str, Any]]) -> str:
-    """One sentence that says what came out."""
+    """Return the result in one sentence."""
     if not evaluated:
         return "No run has been evaluated yet."
     if len({_threat(e) for e in evaluated.values()}) > 1:
@@ -164,7 +164,7 @@ def _sweep(pages: Sequence[_Run]) -> list[SweepPoint]:
 
 
 def _sweep_accuracy(pages: Sequence[_Run]) -> tuple[str, list[float | None]]:
-    """What all runs can be compared by, and its value for each: AutoAttack if all met the same, or validation."""
+    """Return the measure that all runs share, and its values: AutoAttack if all met the same, or validation."""
     attacked = [page.evaluation for page in pages if page.evaluation is not None]
     if len(attacked) == len(pages) and len({(_threat(e), e["n_examples"]) for e in attacked}) == 1:
         return "robust accuracy (AutoAttack)", [e["robust_accuracy"] for e in attacked]
@@ -172,7 +172,7 @@ def _sweep_accuracy(pages: Sequence[_Run]) -> tuple[str, list[float | None]]:
 
 
 def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """What the last epoch measured."""
+    """Return the value of the last epoch."""
     return history[-1].get(key) if history else None
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from at_extensions.publishing.model_info import Paper, model_info, write_model_info
+from at_extensions.publishing.naming import architecture_name, dataset_or_robustbenchs
 from at_extensions.runs import RunDirectory
 
 
@@ -27,13 +28,13 @@ def write_run_info(run: str | Path | RunDirectory) -> Path:
     evaluation, config = run.evaluation(), run.config()
     if evaluation is None:
         raise FileNotFoundError(f"{run.path} has no evaluation.json; run: at-extensions evaluate {run.path}")
-    method, data = config["method"]["name"], config["data"]["name"]
-    dataset = Path(data.partition(":")[2]).stem if ":" in data else data
+    method = config["method"]["name"]
+    dataset = dataset_or_robustbenchs(config["data"]["name"])
     info = model_info(
         evaluation,
         Paper(title=f"{method} run {run.path.resolve().name}", authors="unpublished", link="unpublished"),
         dataset=dataset,
-        architecture=config["model"]["name"],
+        architecture=architecture_name(config["model"]),
     )
     name = re.sub(r"[^\w-]", "_", run.path.resolve().name)
     return write_model_info(info, run.path / "model_info", name, evaluation["norm"])

@@ -21,7 +21,7 @@ def sweep(points: Sequence[SweepPoint], accuracy: str = "robust accuracy") -> Fi
 
     Args:
         points: The runs.
-        accuracy: What the axis says.
+        accuracy: Label of the axis.
     """
     from matplotlib.lines import Line2D
 
@@ -54,7 +54,7 @@ def sweep(points: Sequence[SweepPoint], accuracy: str = "robust accuracy") -> Fi
 
 
 def _apart(values: Sequence[float], least: float = 0.12) -> list[float]:
-    """Those of positive values that stand at least a share of their range apart on a logarithmic axis."""
+    """Return those of positive values that are at least a share of their range apart on a logarithmic axis."""
     places = sorted(set(values))
     span = math.log(places[-1] / places[0]) or 1.0
     kept = places[:1]

@@ -23,7 +23,7 @@ class SweepPoint:
         run: Its name.
         series: Its optimiser, such as ``"sgd, momentum 0.9"``; runs of one series differ in their ratio.
         ratio: Nominal lr / batch size, the measure of Sun et al. (2023).
-        effective_ratio: Effective lr (``analysis.diffusion.effective_lr``) / batch size: what it is where optimisers
+        effective_ratio: Effective lr (``analysis.diffusion.effective_lr``) / batch size: the ratio where optimisers
             are compared.
         robust: Robust accuracy on data that was held out.
         robust_train: Accuracy on the training data as the method attacked it, where it was measured.

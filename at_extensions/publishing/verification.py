@@ -1,4 +1,4 @@
-"""Does a published folder hold what it says? Hashes, schema, and the numbers, measured again in a fresh process."""
+"""Verification of a published folder: hashes, schema, and the numbers, measured again in a fresh process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from torch import nn
 
 from at_extensions.checks import check_count, parse_fraction
+from at_extensions.data import DATASETS
 from at_extensions.evaluation import RobustnessReport, count_correct, evaluate
 from at_extensions.evaluation.report import wilson_interval
 from at_extensions.publishing.submission import CHECKSUMS, contradictions, sha256
-from at_extensions.publishing.zoo import Published, open_published, register
+from at_extensions.publishing.zoo import Published, open_published, register, runs_code
+from at_extensions.runs import RunDirectory
 
 CLEAN_TOLERANCE = 0.0005
 """How far clean accuracy may be from the one claimed: other hardware rounds otherwise."""
@@ -28,12 +31,12 @@ FLIPS = 0.02
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
-        name: What.
-        passed: Whether it is as the folder says.
-        detail: What was found, in a sentence.
+        name: The subject.
+        passed: Whether it agrees with the folder's claim.
+        detail: The finding, in a sentence.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
     Attributes:
         folder: The folder.
@@ -75,24 +78,28 @@ def verify(
     root: str | Path | None = None,
     seed: int = 0,
     device: str | None = None,
+    trust_code: bool = False,
 ) -> Verification:
     """Check a folder that ``publish`` wrote: hashes, schema, clean accuracy, and AutoAttack on some of the images.
 
-    The model is loaded in a fresh process by RobustBench's own ``load_model``, after ``register``; no code of the
-    folder is run and nothing in it is unpickled. AutoAttack's verdicts are compared image by image where the folder
-    holds the verdicts on all of them, else through the 95 % interval of what is measured.
+    The model is loaded in a fresh process by RobustBench's own ``load_model``, after ``register``; nothing in the
+    folder is unpickled, and none of its code is run but with ``trust_code``. AutoAttack's verdicts are compared image
+    by image where the folder holds the verdicts on all of them, else through the 95 % interval of the measurement.
 
     Args:
         folder: The folder.
         n_examples: How many test images AutoAttack attacks; a random subset, drawn by ``seed``.
-        data: Test data, as ``load_dataset`` names them; the published data set if None.
+        data: Test data, as ``load_test`` names them; the published data set if None, or the file that the folder's
+            ``config.yaml`` names where it is under ``root``.
         root: Folder that holds the data, in torchvision's layout.
         seed: Of the subset and the attacks.
         device: Where to run; a GPU where there is one if None.
+        trust_code: Run the code in the folder where that makes its network (``zoo_entry.py`` imports it).
 
     Raises:
         FileNotFoundError: No such folder, or no such data.
-        TypeError, ValueError: ``n_examples`` is no positive number.
+        TypeError, ValueError: ``n_examples`` is no positive number; the network is code in the folder, which must be
+            trusted first; data that cannot be named.
         RuntimeError: The fresh process failed; its error is shown.
     """
     folder = Path(folder)
@@ -108,10 +115,29 @@ def verify(
         checks.append(Check("result", False, str(error)))
     if all(check.passed for check in checks):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        task = {"folder": str(folder.resolve()), "data": data or published.dataset, "n_examples": n_examples}
-        task |= {"root": None if root is None else str(root), "seed": seed, "device": device}
+        if runs_code(folder) and not trust_code:
+            raise ValueError(
+                f"the network of {folder} is code that lies in it; read {folder / 'zoo_entry.py'} and the file that it "
+                "imports, then pass trust_code (--trust-code) to run them"
+            )
+        task = {"folder": str(folder.resolve()), "test": _test_data(folder, published, data, root)}
+        task |= {"n_examples": n_examples, "seed": seed, "device": device}
         checks += compare(report, _in_fresh_process(task))
     return Verification(str(folder), tuple(checks))
+
+
+def _test_data(folder: Path, published: Published, data: str | None, root: str | Path | None) -> dict[str, Any]:
+    """Return the arguments of ``load_test`` for the data of a folder."""
+    recorded = RunDirectory(folder).config().get("data") or {}
+    name, options = str(recorded.get("name")), {}
+    path = name.partition(":")[2]
+    if data is None:
+        named = published.dataset if published.dataset in DATASETS else name
+        data = name if path and (Path(root or ".") / path).exists() else named
+    for key, kinds in (("image_size", ("folder",)), ("severity", ("cifar10c", "cifar100c")), ("num_classes", ("npz",))):
+        if recorded.get(key) is not None and data.partition(":")[0] in kinds:
+            options[key] = recorded[key]
+    return {"name_or_path": data, "root": None if root is None else str(root)} | options
 
 
 def _check_files(folder: Path) -> Check:
@@ -169,37 +195,47 @@ def _in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(task: str, path: str) -> None:
-    """What the fresh process does: measure, and write what it found."""
+    """Measure, and write the findings: the task of the fresh process."""
     try:
         found = measure(**json.loads(task))
-    except (FileNotFoundError, ValueError) as error:  # of the data: the caller's to mend
+    except (FileNotFoundError, ValueError) as error:  # of the data, for the caller to correct
         found = {"refused": [type(error).__name__, str(error)]}
     Path(path).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure(folder: str, data: str, root: str | None, n_examples: int, seed: int, device: str) -> dict[str, Any]:
+def measure(folder: str, test: dict[str, Any], n_examples: int, seed: int, device: str) -> dict[str, Any]:
     """Load a published model as RobustBench does, and attack it.
 
     Returns:
         ``total`` test images, those classified rightly ``right``, the ``indices`` attacked and the verdicts ``robust``.
     """
-    from at_extensions.data import load_dataset
+    from at_extensions.data import load_test
 
     try:
-        test = load_dataset(data, root=root, val_fraction=0.0).test
-    except ValueError as error:
-        raise ValueError(f"{error}; say where the test images are: --data folder:PATH or npz:PATH") from error
-    published = register(folder)
+        images = load_test(**test)
+    except (FileNotFoundError, ValueError) as error:
+        own = ":" in test["name_or_path"] or isinstance(error, ValueError)
+        hint = "; say where the test images are: --data folder:PATH or npz:PATH" if own else ""
+        raise type(error)(f"{error}{hint}") from error
+    published = _import_entry(folder) if runs_code(folder) else register(folder)
     model = load(published).to(device)
     report = RobustnessReport.load(published.folder / "evaluation.json")
     found = evaluate(
-        model, test, norm=report.norm, eps=report.eps, version=report.version, seed=seed, shard=False,
+        model, images, norm=report.norm, eps=report.eps, version=report.version, seed=seed, shard=False,
         attacks=list(report.after_attack) if report.version == "custom" else None,
-        n_examples=min(n_examples, len(test)),
+        n_examples=min(n_examples, len(images)),
     )  # fmt: skip
-    rows = list(range(len(test))) if found.indices is None else found.indices
-    right = int(count_correct(model, test)[0])
-    return {"total": len(test), "right": right, "indices": rows, "robust": found.robust.tolist()}
+    rows = list(range(len(images))) if found.indices is None else found.indices
+    right = int(count_correct(model, images)[0])
+    return {"total": len(images), "right": right, "indices": rows, "robust": found.robust.tolist()}
+
+
+def _import_entry(folder: str) -> Published:
+    """Let a trusted folder register its model itself; for a fresh process, whose search path it changes."""
+    sys.dont_write_bytecode = True  # the folder keeps the files that its checksums list
+    sys.path.insert(0, folder)
+    import_module("zoo_entry")
+    return open_published(folder)
 
 
 def load(published: Published) -> nn.Module:
@@ -214,7 +250,7 @@ def load(published: Published) -> nn.Module:
 
 
 def compare(report: RobustnessReport, found: dict[str, Any]) -> list[Check]:
-    """Compare what a folder claims with what ``measure`` found."""
+    """Compare the claims of a folder with the findings of ``measure``."""
     return [_compare_clean(report, found), _compare_robust(report, found)]
 
 
@@ -233,10 +269,10 @@ def _compare_robust(report: RobustnessReport, found: dict[str, Any]) -> Check:
     detail = f"{100 * robust.double().mean():.2f} % of {len(rows):,} images"
     if report.n_examples == found["total"] and report.indices is None:
         claimed = report.robust[rows]
-        fell, stood = int((claimed & ~robust).sum()), int((~claimed & robust).sum())
+        fell, held = int((claimed & ~robust).sum()), int((~claimed & robust).sum())
         detail += f", {100 * claimed.double().mean():.2f} % claimed of the same; {fell} fell that were claimed robust"
-        detail += f", {stood} stood that were claimed broken"
-        return Check("robust accuracy", max(fell, stood) <= max(1, FLIPS * len(rows)), detail)
+        detail += f", {held} held that were claimed broken"
+        return Check("robust accuracy", max(fell, held) <= max(1, FLIPS * len(rows)), detail)
     low, high = wilson_interval(int(robust.sum()), len(rows))
     claimed = report.robust_accuracy
     detail += f" (95 % interval {100 * low:.2f} to {100 * high:.2f}), {100 * claimed:.2f} % claimed"

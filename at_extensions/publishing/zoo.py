@@ -11,16 +11,15 @@ from typing import Any
 
 from at_extensions.models import from_recipe, load_model
 from at_extensions.publishing.model_info import check_model_info
+from at_extensions.publishing.naming import TEST_IMAGES
 from at_extensions.runs import RunDirectory, read_recipe
 
-TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
-"""RobustBench's data sets, and how many test images its leaderboards ask for."""
 THREAT_MODELS = ("Linf", "L2")
 """RobustBench's threat models that AutoAttack measures."""
 
 _ID = re.compile(r"[A-Z][A-Za-z]*(?:-[A-Za-z]+)*\d{4}[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)*")
 _PLAIN = re.compile(r"[A-Za-z0-9_]+")
-_folders: dict[str, Path] = {}  # what timm was told, by the name it was told
+_folders: dict[str, Path] = {}  # of registered models, by their names in timm
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Published:
         model_id: RobustBench's name of the model.
         dataset: Data set of its leaderboard.
         threat_model: Threat model of its leaderboard.
-        info: What its ``model_info`` JSON holds.
+        info: Contents of its ``model_info`` JSON.
     """
 
     folder: Path
@@ -128,8 +127,13 @@ def open_published(folder: str | Path) -> Published:
 
 
 def image_config(size: int) -> dict[str, Any]:
-    """Return in timm's words how ``folder:PATH`` brings images to a size: what RobustBench must do for ImageNet."""
+    """Return in timm's words how ``folder:PATH`` brings images to a size, as RobustBench must for ImageNet."""
     return {"input_size": (3, size, size), "crop_pct": 0.875, "interpolation": "bilinear"}
+
+
+def runs_code(folder: str | Path) -> bool:
+    """Whether the network of a published folder is made by a user's code, not by this package's recipes."""
+    return "factory" in (RunDirectory(folder).config().get("model") or {})
 
 
 def _image_size(folder: Path) -> int:
@@ -146,15 +150,20 @@ def register(folder: str | Path) -> Published:
         folder: A folder that ``publish`` wrote.
 
     Returns:
-        What was registered: ``model_id``, ``dataset`` and ``threat_model`` are what ``load_model`` wants.
+        The published model, with the ``model_id``, ``dataset`` and ``threat_model`` that ``load_model`` takes.
 
     Raises:
         FileNotFoundError: Not a published folder.
-        ValueError: A result or a name that RobustBench would not take, or a name that timm has already.
+        ValueError: A result or a name that RobustBench would not take, a name that timm has already, or a network that
+            is code of the folder, which is not run.
     """
     import timm
 
     published = open_published(folder)
+    if runs_code(folder):
+        raise ValueError(
+            f"the network of {folder} is code in it: read it, then import its zoo_entry.py, which registers it"
+        )
     name = published.entry_name
     if timm.is_model(name) and name not in _folders:
         raise ValueError(f"timm has a model called {name} already; publish under another id")
@@ -173,7 +182,7 @@ def _entry_point(name: str):
         weights = published.weights
         recipe = dict(read_recipe(weights) or {})
         if num_classes not in (None, recipe.get("num_classes")):
-            raise ValueError(f"{name} tells {recipe.get('num_classes')} classes apart, not {num_classes}")
+            raise ValueError(f"{name} has {recipe.get('num_classes')} classes, not {num_classes}")
         model = load_model(weights) if pretrained else from_recipe(recipe | kwargs)
         if published.dataset == "imagenet":
             model.default_cfg = image_config(_image_size(published.folder))  # RobustBench reads images by it

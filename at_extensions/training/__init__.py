@@ -2,7 +2,7 @@
 
 from at_extensions.presets import list_presets, preset
 from at_extensions.training.history import History
-from at_extensions.training.observers import EarlyStopping, Observer, RollBack, Stop
+from at_extensions.training.observers import EarlyStopping, Observer, OverfittingProbe, RollBack, Stop
 from at_extensions.training.schedule import OPTIMIZERS, SCHEDULES, create_optimizer, create_scheduler
 from at_extensions.training.trainer import Trainer
 
@@ -12,6 +12,7 @@ __all__ = [
     "EarlyStopping",
     "History",
     "Observer",
+    "OverfittingProbe",
     "RollBack",
     "Stop",
     "Trainer",

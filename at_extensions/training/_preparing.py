@@ -18,11 +18,6 @@ def in_eval_mode(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if not module.training] if model.training else []
 
 
-def to_channels_last(model: nn.Module) -> None:
-    """Keep a model's convolutions in channels_last, in place."""
-    model.to(memory_format=torch.channels_last)
-
-
 def warn_of_slow_bf16(device: torch.device) -> None:
     """Warn where bfloat16 is emulated."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

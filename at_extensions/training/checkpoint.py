@@ -13,6 +13,7 @@ from torch import nn
 
 from at_extensions import processes
 from at_extensions.runs import RunDirectory, atomic, load_tensors, save_state_dict, save_weights
+from at_extensions.settings import differences
 from at_extensions.training.metrics import numbers
 
 
@@ -24,7 +25,7 @@ class Checkpointer:
 
     Args:
         run_dir: The run's folder, or None.
-        resume: Go on from what is there; False refuses a folder that holds a run.
+        resume: Go on from the checkpoint there; False refuses a folder that holds a run.
         config: The run's configuration.
 
     Raises:
@@ -148,9 +149,9 @@ def _agree(run: RunDirectory, config: dict) -> None:
     before = run.config()
     if not run.state_path().exists() or not before:
         return
-    changed = sorted(k for k in before.keys() | config.keys() if before.get(k) != config.get(k) and k != "versions")
+    changed = differences(before, config)
     if changed:
         raise ValueError(
-            f"{run.path} holds a run with another configuration ({', '.join(changed)} differ); "
+            f"{run.path} holds a run with other settings ({'; '.join(changed)}); "
             "choose another directory, or repeat the old settings to resume it"
         )

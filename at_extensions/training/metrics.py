@@ -1,4 +1,4 @@
-"""What is measured while training: sums that stay on the device, and validation."""
+"""Measurements during training: sums that stay on the device, and validation."""
 
 from __future__ import annotations
 
@@ -195,12 +195,12 @@ def by_frequency(counts: dict[str, Tensor], class_counts: Sequence[int]) -> dict
 
 
 def merged(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Return both rows as one; of what is a dict in both, the entries of both."""
+    """Return both rows as one; where both have a dict, it has the entries of both."""
     return row | {k: row[k] | v if isinstance(v, dict) and k in row else v for k, v in more.items()}
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Return what fits a line of a table: the numbers of a row of metrics."""
+    """Return the numbers of a row of metrics, which fit a line of a table."""
     return {key: value for key, value in row.items() if isinstance(value, (int, float))}
 
 

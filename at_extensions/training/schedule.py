@@ -88,17 +88,30 @@ def create_scheduler(
         rise = max(1.0, warmup * total)
 
         def one_cycle(step: int) -> float:
-            # the first step already moves: it stands at 1 of `rise`, the last one a step above zero
+            # the first step already moves: 1 of `rise`, the last one a step above zero
             return min(1.0, (step + 1) / rise, max(0.0, (total - step) / max(1.0, total - rise)))
 
         return lr_scheduler.LambdaLR(optimizer, one_cycle)
     if name == "step":
-        milestones = [max(1, epochs // 2), max(2, epochs * 3 // 4)] if milestones is None else milestones
+        milestones = milestones_of(name, epochs, milestones)
         check_number("gamma", gamma, above=0, at_most=1)
         return lr_scheduler.MultiStepLR(optimizer, [m * steps_per_epoch for m in milestones], gamma)
     if name == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, total)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+
+def milestones_of(name: str, epochs: int, milestones: Sequence[int] | None = None) -> list[int] | None:
+    """Return the epochs after which a schedule reduces the rate at once; None for one that changes it smoothly.
+
+    Args:
+        name: As in ``create_scheduler``.
+        epochs: Length of the run.
+        milestones: Given ones; None means after 1/2 and 3/4 of the run.
+    """
+    if name != "step":
+        return None
+    return [max(1, epochs // 2), max(2, epochs * 3 // 4)] if milestones is None else list(milestones)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -24,10 +24,11 @@ from at_extensions.checks import (
     check_number,
     device_of,
 )
+from at_extensions.folding import to_channels_last
 from at_extensions.methods import Method
 from at_extensions.progress import bar
 from at_extensions.runs import RunDirectory
-from at_extensions.training._preparing import average, in_eval_mode, to_channels_last, warn_of_slow_bf16, wrapped
+from at_extensions.training._preparing import average, in_eval_mode, warn_of_slow_bf16, wrapped
 from at_extensions.training._state import Snapshots, checkpoint, resume
 from at_extensions.training.checkpoint import Checkpointer
 from at_extensions.training.history import History
@@ -57,11 +58,12 @@ class Trainer:
         scheduler: Advanced once an optimiser step (see ``create_scheduler``); None keeps the rate.
         epochs: Passes over the training data, those before an interruption or an earlier ``fit`` included.
         precision: ``"fp32"``, or ``"bf16"`` for autocast in attack and training pass.
-        channels_last: Keep convolutions and images in that memory format.
+        channels_last: Keep convolutions and images in that memory format, unless the model has a layer with which a CPU
+            cannot be trained in it (``folding.to_channels_last``).
         compile: Compile the model in place with ``torch.compile``, the attack's passes apart from the training's; a
             text is its mode, such as ``"reduce-overhead"`` for CUDA graphs. State-dict keys stay as they are.
         ema: Decay of an exponential moving average of the weights (timm's ModelEmaV3), such as 0.995; then the average
-            is what is validated, selected and saved, and the raw weights stay in the state file.
+            is validated, selected and saved, and the raw weights stay in the state file.
         clip_grad: Largest L2 norm of the whole gradient; None does not clip.
         val_attack: Makes the attack of the validation from a model. None means ten steps in the norm and with the eps
             of the training attack (``attacks.validation_attack``), and clean validation for a method without an
@@ -173,8 +175,7 @@ class Trainer:
             observer.begin(self)
         if not self._prepared:
             if self.channels_last:
-                for model in (self.method.model, self.model):
-                    to_channels_last(model)
+                self.channels_last = all(to_channels_last(m) for m in (self.method.model, self.model))
             if self.compile:
                 self.method.compile(**({"mode": self.compile} if isinstance(self.compile, str) else {}))
             self._prepared = True

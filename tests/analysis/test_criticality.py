@@ -1,4 +1,4 @@
-"""Layer criticality against a plain loop, closed forms, and a model that must come back as it was."""
+"""Layer criticality against a plain loop and closed forms; the model is left unchanged."""
 
 import copy
 import json
@@ -192,7 +192,7 @@ def test_other_divergences_equal_scipys(cnn, kind):
 
 
 @pytest.mark.parametrize("kind", [DependsOnData, LeavesTorch])
-def test_a_network_that_cannot_be_recorded_runs_whole(kind):
+def test_a_network_that_cannot_be_recorded_equals_the_plain_loop(kind):
     torch.manual_seed(100)
     model, images, labels = kind().double(), torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.zeros(6).long()
     images[3:] *= 0.5
@@ -228,7 +228,7 @@ def arithmetic(model, images, **options):
     return counter.get_total_flops()
 
 
-def test_nothing_that_the_layer_cannot_reach_is_computed_again():
+def test_only_operations_that_depend_on_the_layer_are_recomputed():
     model, images, _, fresh = build("resnet", torch.float32, n=6)
     pixels, chain = 64 * 6, ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2"]
     chain += ["layer1.1.shortcut", "layer2.0.conv1", "layer2.0.conv2", "fc"]
@@ -239,7 +239,7 @@ def test_nothing_that_the_layer_cannot_reach_is_computed_again():
     assert two - one == sum(reached)
 
 
-def test_less_than_two_thirds_of_the_plain_loops_arithmetic():
+def test_arithmetic_is_under_two_thirds_of_the_plain_loop():
     model, images, _, fresh = build("vit", torch.float32, n=24)
     with FlopCounterMode(display=False) as whole, torch.no_grad():
         model(images)
@@ -247,7 +247,7 @@ def test_less_than_two_thirds_of_the_plain_loops_arithmetic():
     assert arithmetic(model, images, fresh=fresh, batch_size=2) < plain / 1.6
 
 
-def test_resetting_to_itself_moves_nothing(cnn):
+def test_criticality_of_a_reset_to_the_same_weights_is_zero(cnn):
     model, images, labels, _ = cnn
     for kind in ("cosine", "js", "kl"):
         result = layer_criticality(model, images, labels, reset=model.state_dict(), divergence=kind)
@@ -301,7 +301,7 @@ def test_norm_matched_draws_have_the_trained_norm(cnn):
     same(result.values, plain_loop(model, images, labels, matched, result.layers)[0])
 
 
-def test_norm_matching_leaves_what_is_drawn_as_zero():
+def test_norm_matching_keeps_tensors_drawn_as_zero():
     model, images, _, _ = build("vit")  # timm draws a ViT's biases as zero
     assert all(math.isfinite(v) for v in layer_criticality(model, images, reset="norm_matched").mean.values())
 
@@ -318,7 +318,7 @@ def test_permuting_shuffles_each_tensor(cnn):
     assert alone.values["conv2"] == result.values["conv2"]  # draws do not depend on what else is reset
 
 
-def test_layers_by_predicate_take_buffers_along():
+def test_layers_by_predicate_include_their_buffers():
     model, images, labels, fresh = build("resnet")
     chosen = lambda name, module: isinstance(module, nn.BatchNorm2d)  # noqa: E731
     result = layer_criticality(model, images, fresh=fresh, layers=chosen, trials=2)
@@ -326,7 +326,7 @@ def test_layers_by_predicate_take_buffers_along():
     same(result.values, plain_loop(model, images, labels, fresh, result.layers)[0])
 
 
-def test_layers_by_name_come_in_the_order_asked_for(cnn):
+def test_layers_by_name_keep_the_given_order(cnn):
     model, images, labels, fresh = cnn
     result = layer_criticality(model, images, fresh=fresh, layers=["fc", "conv2"], trials=2)
     assert result.layers == ["fc", "conv2"]
@@ -405,7 +405,7 @@ class Noisy(Cnn):
         return super().forward(x + 0.1 * torch.randn_like(x))
 
 
-def test_a_random_network_meets_the_same_chance_in_every_pass(untouched):
+def test_a_random_network_draws_the_same_numbers_in_every_pass(untouched):
     torch.manual_seed(100)
     model, images = Noisy().double().eval(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     with untouched(model):
@@ -428,12 +428,12 @@ class Remembers(Cnn):
         return super().forward(x)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [Cnn, Remembers, DependsOnData])
-def test_the_model_comes_back_as_it_was(untouched, kind, device):
+def test_the_model_is_left_unchanged(untouched, kind, device):
     torch.manual_seed(100)
     model, images = kind().to(device), torch.rand(4, 3, 8, 8, device=device)
     model.train()
@@ -451,7 +451,7 @@ def test_the_model_comes_back_as_it_was(untouched, kind, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 9])
-def test_the_model_comes_back_after_an_exception(untouched, stop, step, device):
+def test_the_model_is_restored_after_an_exception(untouched, stop, step, device):
     """Stopped in the first pass, while it is recorded, compared, or run whole."""
     torch.manual_seed(100)
     model, images = DependsOnData().train().to(device), torch.rand(4, 3, 8, 8, device=device)
@@ -484,7 +484,7 @@ def only_conv2_varies(seed):
     return net.double()
 
 
-def test_goes_on_until_intervals_are_narrow(cnn):
+def test_trials_are_added_until_intervals_are_narrow(cnn):
     model, images, _, _ = cnn
     first = layer_criticality(model, images, fresh=only_conv2_varies)
     low, high = first.interval["conv2"]
@@ -500,7 +500,7 @@ def test_goes_on_until_intervals_are_narrow(cnn):
     assert fixed.values["conv2"] == result.values["conv2"]
 
 
-def test_stops_at_max_trials_and_says_which_are_not_narrow(cnn):
+def test_max_trials_ends_the_measurement_and_wide_intervals_are_named(cnn):
     model, images, _, _ = cnn
     result = layer_criticality(model, images, fresh=only_conv2_varies, ci_width=1e-9, max_trials=5)
     assert result.trials == {"conv1": 3, "conv2": 5, "conv3": 3, "fc": 3}
@@ -619,7 +619,7 @@ def test_an_attack_on_another_model_is_refused(cnn):
         layer_criticality(model, images, fresh=fresh, inputs=PGD(copy.deepcopy(model)))
 
 
-def test_trained_weights_as_fresh_ones_are_pointed_out(cnn):
+def test_trained_weights_given_as_fresh_ones_raise_a_warning(cnn):
     model, images, _, _ = cnn
     with pytest.warns(UserWarning, match="has the model's own weights"):
         result = layer_criticality(model, images, fresh=lambda seed: copy.deepcopy(model))
@@ -637,14 +637,14 @@ def test_logits_that_are_not_finite_name_the_layer(cnn):
         layer_criticality(model, images, reset="zero")
 
 
-def test_probabilities_are_pointed_out(cnn):
+def test_probabilities_instead_of_logits_raise_a_warning(cnn):
     model, images, _, _ = cnn
     net = nn.Sequential(model, nn.Softmax(1))
     with pytest.warns(UserWarning, match="look like probabilities"):
         layer_criticality(net, images, reset="zero")
 
 
-def test_outputs_that_are_no_logits_are_refused():
+def test_outputs_that_are_not_logits_are_refused():
     class Two(Cnn):
         def forward(self, x):
             return super().forward(x), x

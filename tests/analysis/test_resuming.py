@@ -1,4 +1,4 @@
-"""What is kept of a forward pass between layers: no more than later layers need, and never above the limit."""
+"""Activations stored between layers: only those that later layers need, and never above the limit."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def prepare(model, images, limit):
 
 
 def visits(schedule, images):
-    """Yield each layer's number and function, and the bytes that are kept while it is visited."""
+    """Yield each layer's number and function, and the bytes stored while it is visited."""
     visiting = schedule.over(images)
     for number, run in visiting:
         values = visiting.gi_frame.f_locals["values"]
@@ -53,7 +53,7 @@ def visits(schedule, images):
         yield number, run, sum(size for place, size in storages.items() if place not in given)
 
 
-def test_little_more_than_one_block_is_kept(chain):
+def test_little_more_than_one_block_is_stored(chain):
     images = torch.rand(2, 3, 8, 8)
     _, layers, schedule = prepare(chain, images, 2**30)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_little_more_than_one_block_is_kept(chain):
 
 
 @pytest.mark.parametrize("limit", [0, 1000, VALUE, 2 * VALUE, 10 * VALUE])
-def test_the_limit_is_kept_and_numbers_do_not_depend_on_it(chain, limit):
+def test_the_limit_holds_and_does_not_change_the_logits(chain, limit):
     images, other = torch.rand(2, 3, 8, 8), Chain().state_dict()
     state, layers, schedule = prepare(chain, images, limit)
     with torch.no_grad():
@@ -77,8 +77,8 @@ def test_the_limit_is_kept_and_numbers_do_not_depend_on_it(chain, limit):
     assert len(schedule.whole) == {0: 13, 1000: 12, VALUE: 12}.get(limit, 0)
 
 
-def test_the_same_function_can_be_run_again(chain):
-    """Nothing that it overwrites belongs to the kept values."""
+def test_a_repeated_run_gives_the_same_logits(chain):
+    """Operations in place never overwrite stored values."""
     images = torch.rand(2, 3, 8, 8)
     state, layers, schedule = prepare(chain, images, 2**30)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_the_same_function_can_be_run_again(chain):
         (lambda x: torch.ones(len(x), 4).detach().requires_grad_(False), ""),
     ],
 )
-def test_what_cannot_be_recorded_says_why(forward, why):
+def test_networks_that_cannot_be_recorded_are_refused_with_the_reason(forward, why):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

@@ -69,6 +69,30 @@ def test_what_is_missing_is_named(run, tmp_path):
         evaluate_run(run.path, checkpoint="best")
 
 
+def test_data_of_another_shape_devices_and_closed_folders_are_named_before_any_work(run, tmp_path):
+    import numpy as np
+
+    arrays = {f"{role}_images": np.zeros((20, 8, 8, 3), np.uint8) for role in ("train", "test")}
+    np.savez(tmp_path / "rgb.npz", **arrays, train_labels=np.arange(20) % 10, test_labels=np.arange(20) % 10)
+    with pytest.raises(ValueError, match="does not take images of 3 x 8 x 8 from npz:"):
+        evaluate_run(run.path, data=f"npz:{tmp_path / 'rgb.npz'}")
+    with pytest.raises(ValueError, match="unknown device 'cuba'; did you mean 'cuda'"):
+        evaluate_run(run.path, device="cuba")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device 'cuda' cannot be used here .*; try cpu"):
+            evaluate_run(run.path, device="cuda")
+    with pytest.raises(ValueError, match="device 'meta' cannot be used here"):
+        evaluate_run(run.path, device="meta")
+    assert not (run.path / "evaluation_state").exists()
+
+
+def test_a_log_file_gets_a_line_an_attack(run, capfd):
+    evaluate_run(run.path, version="custom", attacks="apgd-ce,square", n_examples=20)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "batches" in line]
+    assert [line.split(" ")[0] for line in lines] == ["apgd-ce", "square"]
+    assert all("% left" in line for line in lines)
+
+
 def test_under_torchrun_one_process_writes_what_a_single_one_would(tmp_path):
     run = train(tmp_path / "run", data="digits", epochs=1, model_options={"width": 4}, eps=0.2, method="n_fgsm")
     options = ["--version", "custom", "--attacks", '["apgd-ce"]', "--n-examples", "40", "--batch-size", "8"]

@@ -9,6 +9,7 @@ from at_extensions.commands.train import train
 from at_extensions.methods import list_methods
 from at_extensions.models import load_model
 from at_extensions.runs import load_tensors
+from at_extensions.settings import TrainSettings
 
 QUICK = {"data": "digits", "epochs": 1, "model_options": {"width": 4}, "augment": "crop", "eps": 0.2, "progress": False}
 
@@ -98,3 +99,55 @@ def test_data_that_are_long_tailed_by_themselves_are_measured_by_group(tmp_path)
     report = evaluate_run(run.path, version="custom", attacks=["apgd-ce"], n_examples=20, progress=False)
     assert set(report.groups) == {"head", "medium", "tail"}
     assert report.data_name == options["data"]
+
+
+def test_a_settings_object_and_single_settings_are_the_same(tmp_path):
+    settings = TrainSettings(method="n_fgsm", **QUICK)
+    a = train(tmp_path / "a", settings)
+    b = train(tmp_path / "b", **QUICK, method="n_fgsm")
+    c = train(tmp_path / "c", TrainSettings(**QUICK | {"epochs": 9}), method="n_fgsm", epochs=1)
+    assert a.config() == b.config() == c.config()
+    assert TrainSettings.from_config(a.config()) == TrainSettings.of(
+        settings, {"progress": True, "mean": [0.0], "std": [1.0]}
+    )
+    first, second = (load_tensors(run.weights("last"))[0] for run in (a, b))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_changed_setting_on_resume_is_named_with_both_values(tmp_path):
+    train(tmp_path / "run", method="n_fgsm", **QUICK)
+    with pytest.raises(ValueError, match=r"method\.eps: 0\.2, now 0\.1; training\.batch_size: 128, now 64"):
+        train(tmp_path / "run", method="n_fgsm", **QUICK | {"eps": 0.1, "batch_size": 64})
+
+
+def test_a_folder_that_cannot_be_written_ends_it_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write into .*file/run"):
+        train(tmp_path / "file" / "run", **QUICK)
+
+
+def test_an_architecture_that_does_not_take_the_images_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"does not take images of 1 x 8 x 8 from digits: .*224"):
+        train(tmp_path / "run", **QUICK | {"model": "vit_tiny_patch16_224", "model_options": None})
+
+
+def test_a_log_file_gets_a_line_an_epoch_with_the_time_left(tmp_path, capfd):
+    train(tmp_path / "run", method="n_fgsm", **QUICK | {"epochs": 2, "progress": True})
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("epoch")]
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[0].endswith("left")
+
+
+@pytest.mark.parametrize("method", ["trades", "mart", "awp", "trades_awp", "te", "trades_te"])
+def test_methods_against_robust_overfitting_train_from_settings(tmp_path, method):
+    common = {"data": "digits", "train_size": 100, "model_options": {"width": 2}, "augment": "none", "eps": 0.1,
+              "method": method, "steps": 1, "val_steps": 1, "batch_size": 50, "progress": False, "schedule": "step",
+              "milestones": [2]}  # fmt: skip
+    whole = train(tmp_path / "whole", **common, epochs=3)
+    rows = whole.metrics()
+    assert all(row["train_loss"] > 0 for row in rows)
+    if "te" in method.split("_"):
+        assert "train_ensembling" in rows[-1]
+        table = whole.load_state()["method"]["table"]
+        assert table.shape == (100, 10)
+        assert (table.sum(1) > 0).all()

@@ -66,7 +66,7 @@ def test_nothing_is_left_behind(net, make_images, label, untouched):
         accuracy(model, broken_loader(), attack=attack)
 
 
-def test_nothing_waits_for_the_device(net, make_images, label, no_host_sync):
+def test_the_host_is_not_synchronised(net, make_images, label, no_host_sync):
     model, x = net(), make_images(12)
     y = label(model, x, wrong=2)
     batches, attack = [(x[:8], y[:8]), (x[8:], y[8:])], PGD(model, eps=0.02, steps=2)
@@ -82,13 +82,13 @@ def test_bad_input(net, make_images):
     y = torch.zeros(6, dtype=torch.long)
     with pytest.raises(TypeError, match="labels"):
         accuracy(model, x)
-    with pytest.raises(ValueError, match="no class numbers"):
+    with pytest.raises(ValueError, match="not class numbers"):
         accuracy(model, x, y + 4)
     with pytest.raises(ValueError, match="no samples"):
         accuracy(model, [])
     with pytest.raises(ValueError, match=r"labels of shape \(6, 4\)"):
         accuracy(model, [(x, torch.zeros(6, 4))])
-    with pytest.raises(TypeError, match="batches bring their own"):
+    with pytest.raises(TypeError, match="batches have their own"):
         accuracy(model, iter([(x, y)]), y)
     with pytest.raises(TypeError, match="got int"):
         accuracy(model, 3)
@@ -99,7 +99,7 @@ def test_bad_input(net, make_images):
 
 
 @pytest.mark.parametrize("search", ["fp32", "bf16"])
-def test_a_faster_search_is_judged_by_the_model_itself(net, make_images, label, untouched, search):
+def test_a_faster_search_is_verified_by_the_model_itself(net, make_images, label, untouched, search):
     model, x = net(), make_images(40)
     y = label(model, x, wrong=4)
     attack = PGD(model, eps=0.03, alpha=0.01, steps=5)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pyautoattack
 import pytest
@@ -34,13 +35,13 @@ def test_verdicts_on_a_linear_model_are_the_closed_form(linear, make_images, lab
     attacks = [name for name in ATTACKS if classes >= 4 or name != "apgd-t"]
     report = evaluate(model, x, y, norm=norm, eps=eps, version="custom", attacks=attacks, batch_size=32)
     distance = margins(model, x, y, norm)
-    decided = (distance - eps).abs() > 0.02 * eps  # attacks come near the boundary, not onto it
+    decided = (distance - eps).abs() > 0.02 * eps  # attacks approach the boundary, and do not reach it
     assert decided.double().mean() > 0.8
     assert torch.equal(report.robust[decided], (distance > eps)[decided])
     assert 0 < report.robust_accuracy < report.clean_accuracy == 35 / 40
 
 
-def test_verdicts_are_pyautoattacks_own(net, make_images, label, small_suite):
+def test_verdicts_equal_pyautoattack(net, make_images, label, small_suite):
     model, x = net(classes=5).eval(), make_images(40, low=0, high=1)
     y = label(model, x, wrong=3)
     report = evaluate(model, x, y, eps=0.03, version="custom", attacks=[*ATTACKS, "square"], seed=7, batch_size=40)
@@ -119,7 +120,7 @@ def test_nothing_is_left_behind_by_an_error(net, make_images, label, small_suite
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_it_runs_the_same_inside_other_contexts(net, make_images, label, small_suite, around):
+def test_surrounding_contexts_do_not_change_verdicts(net, make_images, label, small_suite, around):
     model, x = net(), make_images(12)
     y = label(model, x)
     alone = evaluate(model, x, y, eps=0.03)
@@ -194,7 +195,39 @@ def test_every_sample_broken_or_wrong(linear, make_images, label, small_suite):
     assert list(report.after_attack.values()) == [0, 0, 0, 0]
 
 
-# what a reader must know
+# progress
+
+
+def test_a_line_for_each_attack_off_a_terminal(net, make_images, label, small_suite, capsys, monkeypatch):
+    model, x = net(), make_images(20)
+    y = label(model, x)
+    report = evaluate(model, x, y, eps=0.02, batch_size=8)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    for line, (attack, robust) in zip(lines, report.after_attack.items()):
+        assert line.startswith(f"{attack} ")
+        assert f"{100 * robust:.2f} % robust accuracy" in line
+        assert line.endswith(" in all")
+    evaluate(model, x, y, eps=0.02, batch_size=8, progress=False)
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
+def test_a_line_a_minute_within_an_attack(net, make_images, label, capsys, monkeypatch):
+    from at_extensions import progress
+
+    clock = iter(range(0, 10**6, 45))
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    model, x = net(), make_images(20)
+    y = label(model, x)
+    evaluate(model, x, y, eps=0.001, batch_size=4, version="custom", attacks=["apgd-ce"])
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) < 5
+    assert "/5 batches" in lines[0]
+    assert lines[0].endswith("left")
+
+
+# flags
 
 
 class Softmax(nn.Sequential):
@@ -224,7 +257,7 @@ class Purifying(nn.Sequential):
     ("wrapper", "flag"),
     [(Softmax, "probabilities"), (Noisy, "randomized"), (Quantised, "zero_gradient"), (Purifying, "dynamic")],
 )
-def test_flags_are_raised_where_they_should(linear, make_images, label, small_suite, wrapper, flag):
+def test_defences_raise_their_flags(linear, make_images, label, small_suite, wrapper, flag):
     model, x = wrapper(linear(4)), make_images(16)
     with torch.random.fork_rng(devices=[]):
         y = label(model, x)
@@ -247,13 +280,13 @@ def test_rand_is_for_randomized_models(linear, make_images, label, small_suite):
 
 
 def test_only_examples_that_fool_the_model_within_reach_count(linear, make_images, label, monkeypatch):
-    from at_extensions.evaluation import autoattack
+    from at_extensions.evaluation import sequence
 
     model, x = linear(4), make_images(12)
     y = label(model, x)
 
     class Cheat:
-        """Claims an adversarial example outside the ball, outside the box, and one that fools nobody."""
+        """Returns images outside the ball, outside the box, and some that do not fool the model."""
 
         norm, eps, logger = "Linf", 0.01, None
         model = None
@@ -264,7 +297,7 @@ def test_only_examples_that_fool_the_model_within_reach_count(linear, make_image
             outside[:, :, 0, 0] = 1.5
             return torch.cat([far[:4], outside[4:8], images[8:]])
 
-    monkeypatch.setattr(autoattack, "by_name", lambda *_: {"apgd-ce": Cheat()})
+    monkeypatch.setattr(sequence, "by_name", lambda *_: {"apgd-ce": Cheat()})
     report = evaluate(model, x, y, eps=0.01, version="custom", attacks=["apgd-ce"])
     assert report.robust_accuracy == 1
     report = evaluate(model, x, y, eps=0.5, version="custom", attacks=["apgd-ce"])
@@ -312,7 +345,7 @@ def test_bad_arguments(linear, change, error, message):
         (lambda x: x.flatten(1)[:, :4].detach(), "carry no gradient"),
     ],
 )
-def test_models_that_are_no_classifiers(body, message):
+def test_models_without_logits_or_gradients_are_refused(body, message):
     model = nn.Identity()
     model.forward = body
     with pytest.raises((ValueError, TypeError), match=message):

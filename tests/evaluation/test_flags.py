@@ -1,8 +1,10 @@
 """When a flag is raised, in numbers; that models raise them is in ``test_autoattack``."""
 
+import pytest
 import torch
 from torch import nn
 
+from at_extensions.evaluation import evaluate
 from at_extensions.evaluation.flags import inspect, nondeterministic, square_improves, zero_gradients
 
 
@@ -14,7 +16,7 @@ def test_square_beating_gradients_is_flagged():
     assert square_improves({"apgd-ce": 0.5}, 1000) is None
 
 
-def test_square_beating_gradients_on_a_single_image_shows_nothing():
+def test_square_beating_gradients_on_a_single_image_is_not_flagged():
     assert square_improves({"apgd-ce": 0.51, "square": 0.50}, 100) is None
     assert square_improves({"apgd-ce": 0.52, "square": 0.50}, 100).name == "square_improves"
 
@@ -72,3 +74,77 @@ def test_gradients_at_inference_are_noticed_however_they_are_taken(linear, make_
             assert "dynamic" in [flag.name for flag in inspect(wrapped, x.clone(), torch.zeros(4, dtype=torch.long))]
     assert names(harmless, x.clone()) == []
     assert names(nn.Sequential(model), x.clone()) == []
+
+
+class BatchStatistics(nn.Module):
+    """BatchNorm without running statistics."""
+
+    def __init__(self, side=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()
+        )
+        self.head = nn.Linear(4 * side * side, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+
+class Centred(nn.Module):
+    """Subtracts the mean image of the batch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x - x.mean(0, keepdim=True) + 0.5)
+
+
+class Pairs(nn.Module):
+    """Fails on a single image, as BatchNorm of features does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise ValueError("Expected more than 1 value per channel")
+        return self.model(x)
+
+
+class Fixed(nn.Module):
+    """Answers that depend on the size of the batch alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) + 0.1 * len(x) * torch.arange(4)
+
+
+@pytest.mark.parametrize("kind", [BatchStatistics, Centred, Pairs, Fixed])
+def test_answers_that_depend_on_the_batch_are_flagged(linear, make_images, kind):
+    model = kind() if kind is BatchStatistics else kind(linear(4))
+    for n in (1, 2, 3, 16):
+        flagged = names(model.eval(), make_images(n)) if kind is not Pairs or n > 1 else ["batch_dependent"]
+        assert "batch_dependent" in flagged
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_answers_that_differ_by_rounding_are_not_flagged(net, make_images, n):
+    assert names(net().eval(), make_images(n)) == []
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.GELU(), nn.Flatten(), nn.Linear(64 * 36, 4)]
+    assert names(nn.Sequential(*layers).eval(), make_images(n)) == []
+
+
+def test_a_batch_dependent_model_is_not_evaluated_reliably(make_images, label, small_suite):
+    model, x = BatchStatistics(), make_images(24, low=0, high=1)
+    y = label(model, x)
+    report = evaluate(model, x, y, eps=0.01, batch_size=12, version="custom", attacks=["apgd-ce"])
+    (flag,) = [flag for flag in report.flags if flag.name == "batch_dependent"]
+    assert flag.overestimates
+    assert not report.reliable

@@ -1,4 +1,4 @@
-"""The checks for masked gradients: silent on healthy models, loud on those that hide behind their gradients."""
+"""The checks for masked gradients: no flags for ordinary models, flags for models with masked gradients."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class Rippled(nn.Module):
 
 
 @pytest.mark.parametrize("norm", EPS)
-def test_healthy_models_raise_nothing(linear, net, make_images, label, small_suite, norm):
+def test_ordinary_models_raise_no_flags(linear, net, make_images, label, small_suite, norm):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for model in (linear(4), net().eval()):
             x = make_images(32)
@@ -35,7 +35,7 @@ def test_healthy_models_raise_nothing(linear, net, make_images, label, small_sui
             assert transfer(model, x[report.robust], y[report.robust], norm, EPS[norm]) is None
 
 
-def test_an_attack_that_cannot_move_is_noticed(linear, make_images, label):
+def test_zero_gradients_are_flagged(linear, make_images, label):
     model = nn.Sequential(linear(4))
     model.forward = lambda x: model[0]((x * 15).round() / 15)
     x = make_images(64)
@@ -46,27 +46,27 @@ def test_an_attack_that_cannot_move_is_noticed(linear, make_images, label):
     assert flag.overestimates
 
 
-def test_shattered_gradients_are_noticed(linear, make_images, label):
+def test_shattered_gradients_are_flagged(linear, make_images, label):
     norm, eps = "Linf", 0.02
     model, x = Rippled(linear(4)), make_images(200)
     y = label(model, x)
     report = evaluate(model, x, y, norm=norm, eps=eps, version="custom", attacks=["apgd-ce"])
-    standing = report.robust
+    robust = report.robust
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        flag = transfer(model, x[standing][:64], y[standing][:64], norm, eps)
-    assert standing.any()
+        flag = transfer(model, x[robust][:64], y[robust][:64], norm, eps)
+    assert robust.any()
     assert flag is not None
     assert flag.name == "gradient_masking"
 
 
-def test_no_samples_no_flag(linear):
+def test_no_flag_without_samples(linear):
     x, y = torch.zeros(0, 3, 6, 6), torch.zeros(0, dtype=torch.long)
     assert unbounded(linear(4), x, y, "Linf") is None
     assert transfer(linear(4), x, y, "Linf", 0.1) is None
 
 
-def test_the_report_says_so(linear, make_images, label, small_suite):
+def test_reports_with_these_flags_are_not_reliable(linear, make_images, label, small_suite):
     model, x = linear(4), make_images(24)
     y = label(model, x)
 
@@ -79,7 +79,7 @@ def test_the_report_says_so(linear, make_images, label, small_suite):
     assert not scaled.reliable
 
     class Transductive(nn.Module):
-        """Looks at the batch as a whole."""
+        """Answers that depend on the batch, where it has fewer than 20 images."""
 
         def forward(self, images):
             return model(images) + 5 * images.mean() * torch.arange(4) * (len(images) < 20)

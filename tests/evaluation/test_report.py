@@ -13,7 +13,7 @@ from at_extensions.evaluation.report import accuracy_by_frequency, summary, wils
 
 
 @given(st.integers(1, 2000), st.data())
-def test_the_interval_is_wilsons(total, data):
+def test_the_interval_equals_scipys(total, data):
     successes = data.draw(st.integers(0, total))
     reference = binomtest(successes, total).proportion_ci(0.95, method="wilson")
     assert wilson_interval(successes, total) == pytest.approx((reference.low, reference.high), abs=1e-6)
@@ -56,7 +56,7 @@ def report(**changes):
     return RobustnessReport(**values | summary(torch.tensor([0, 1, 0, 1]), robust | True, robust, 2) | changes)
 
 
-def test_what_is_no_report_is_refused(tmp_path):
+def test_a_file_that_is_no_report_is_refused(tmp_path):
     path = report().save(tmp_path / "report.json")
     values = json.loads(path.read_text())
     del values["eps"]
@@ -74,7 +74,7 @@ def test_what_is_no_report_is_refused(tmp_path):
         RobustnessReport.load(tmp_path / "absent.json")
 
 
-def test_the_table_says_what_matters():
+def test_the_table_holds_settings_and_accuracies():
     table = repr(report())
     assert table.splitlines()[0] == "RobustnessReport: L2 eps 0.5, standard, 4 samples, seed 0"
     assert "after apgd-ce    25.00 %" in table

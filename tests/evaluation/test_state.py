@@ -1,4 +1,4 @@
-"""A stopped evaluation goes on and ends with the verdicts it would have had; a foreign state is refused."""
+"""An interrupted evaluation resumes with the same verdicts; a foreign state is refused."""
 
 import json
 
@@ -11,7 +11,7 @@ from at_extensions.evaluation.state import Batch, Store, weights_digest
 
 
 class Interrupted(Exception):
-    """Stands for whatever stops a run."""
+    """Any interruption of a run."""
 
 
 def stop_after(monkeypatch, batches):
@@ -29,7 +29,7 @@ def stop_after(monkeypatch, batches):
 
 
 @pytest.mark.parametrize("batches", [1, 3, 5, 8])
-def test_a_stopped_run_goes_on(net, make_images, label, small_suite, monkeypatch, tmp_path, batches):
+def test_an_interrupted_run_resumes(net, make_images, label, small_suite, monkeypatch, tmp_path, batches):
     model, x = net(), make_images(40)
     y = label(model, x, wrong=2)
     whole = evaluate(model, x, y, eps=0.02, batch_size=8)
@@ -53,7 +53,7 @@ def test_a_stopped_run_goes_on(net, make_images, label, small_suite, monkeypatch
     assert finished.attack_seconds == resumed.attack_seconds
 
 
-def test_a_damaged_batch_is_attacked_once_more(net, make_images, label, small_suite, tmp_path):
+def test_a_damaged_batch_is_attacked_again(net, make_images, label, small_suite, tmp_path):
     model, x = net(), make_images(24)
     y = label(model, x)
     whole = evaluate(model, x, y, eps=0.02, batch_size=8, state_dir=tmp_path)
@@ -97,7 +97,7 @@ def test_the_state_of_another_evaluation_is_refused(net, make_images, label, sma
         evaluate(model, x, y, **arguments, state_dir=tmp_path)
 
 
-def test_what_is_no_state_is_refused(net, make_images, label, small_suite, tmp_path):
+def test_a_file_that_is_no_state_is_refused(net, make_images, label, small_suite, tmp_path):
     model, x = net(), make_images(6)
     y = label(model, x)
     (tmp_path / "evaluation_state.json").write_text("{")
@@ -109,7 +109,7 @@ def test_what_is_no_state_is_refused(net, make_images, label, small_suite, tmp_p
         evaluate(model, x, y, eps=0.02, state_dir=tmp_path)
 
 
-def test_a_batch_about_other_samples_is_refused(tmp_path):
+def test_a_batch_of_other_samples_is_refused(tmp_path):
     rows = torch.arange(3)
     store = Store(tmp_path)
     store.save("square", Batch(2, rows, rows > 1, rows, torch.zeros(1, 3, 2, 2), 0.5, 4, 5))
@@ -121,7 +121,7 @@ def test_a_batch_about_other_samples_is_refused(tmp_path):
         store.load("square", 2, rows + 1)
 
 
-def test_the_weights_digest_knows_what_matters(net):
+def test_the_weights_digest_depends_on_weights_and_architecture_alone(net):
     model = net()
     digest = weights_digest(model)
     assert digest == weights_digest(net())

@@ -1,4 +1,4 @@
-"""An adversarial example counts where the model is fooled within the ball and the box, up to rounding."""
+"""Adversarial examples count within the ball and the box, up to rounding."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ EPS = {"Linf": 0.02, "L2": 0.12, "L1": 0.2}
 
 
 @pytest.mark.parametrize("norm", EPS)
-def test_what_lies_within_reach(linear, make_images, norm):
+def test_only_examples_within_ball_and_box_count(linear, make_images, norm):
     model, x, eps = linear(4), make_images(6), EPS[norm]
     y = torch.zeros(6, dtype=torch.long)
     order = {"Linf": float("inf"), "L2": 2, "L1": 1}[norm]

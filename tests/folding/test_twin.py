@@ -1,7 +1,6 @@
 """The folded twin computes what the model computes in eval mode, follows it, and leaves it alone."""
 
 import copy
-import logging
 import pickle
 import warnings
 from collections import OrderedDict
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from at_extensions.attacks import PGD, attacking
-from at_extensions.folding import fold_batchnorm
+from at_extensions.folding import TwinWarning, fold_batchnorm
 from at_extensions.models import create_model
 
 
@@ -111,10 +110,10 @@ def test_every_architecture_after_training_steps(name, options, folded, norms):
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
-def test_a_model_without_a_foldable_batchnorm_has_no_twin_and_says_why(name, caplog):
-    with caplog.at_level(logging.INFO, "at_extensions.folding"):
+def test_a_model_without_a_foldable_batchnorm_has_no_twin_and_no_warning(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert fold_batchnorm(create_model(name, 3)) is None
-    assert "no BatchNorm directly follows a convolution" in caplog.text
 
 
 def test_twenty_steps_of_training_with_and_without_the_twin_give_the_same_weights():
@@ -285,12 +284,14 @@ def test_control_flow_in_a_head_without_batchnorm_does_not_stop_the_rest():
     ],
     ids=["control flow", "replaced forward", "cannot be copied"],
 )
-def test_what_cannot_be_traced_or_copied_has_no_twin_and_says_why(change, reason, caplog, untouched):
+def test_a_model_that_cannot_be_traced_or_copied_has_no_twin_and_one_warning(change, reason, untouched):
     model = Wired(chained)
     change(model)
-    with caplog.at_level(logging.INFO, "at_extensions.folding"), untouched(model):
+    with untouched(model), pytest.warns(TwinWarning, match=f"Wired: .*{reason}"):
         assert fold_batchnorm(model) is None
-    assert reason in caplog.text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fold_batchnorm(model) is None
 
 
 def test_what_is_no_module_is_refused():
@@ -526,15 +527,13 @@ def test_transforms_see_through_a_twin():
         torch.testing.assert_close(f(twin), f(model), rtol=1e-4, atol=1e-5)
 
 
-def test_the_twin_follows_a_normalisation_that_starts_and_stops_to_do_something():
+def test_the_twin_follows_mean_and_std():
     torch.manual_seed(0)
     model = double(create_model("small_cnn", 3, width=4))
     twin = fold_batchnorm(model)
     for mean, std in ((0, 1), (0.5, 1), (0, 2), (0, 1)):
         model.mean.fill_(mean), model.std.fill_(std)
         assert_twin_equals(twin.refresh(), model, images(size=8))
-    assert "_changes_nothing" in vars(model)
-    assert not model._changes_nothing
 
 
 def test_the_twin_follows_dtype_layout_and_autocast_and_never_writes_into_the_models_memory():

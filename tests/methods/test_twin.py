@@ -78,7 +78,7 @@ def test_compiling_compiles_model_and_twin_and_changes_neither_keys_nor_results(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = create_model("small_cnn", 3, in_chans=1, width=4).double()
-        method = PGDAT(model, eps=0.1, alpha=0.03, steps=2)
+        method = PGDAT(model, eps=0.1, alpha=0.03, steps=2, twin=True)
         keys = list(model.state_dict())
         if compiled:
             method.compile(backend="aot_eager")

@@ -22,14 +22,6 @@ from at_extensions.optim import DEAT
 SHAPES = ((3, 4), (5,), (), (2, 3, 2, 2))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_params(seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in SHAPES]
@@ -155,7 +147,7 @@ def test_maximize_mirrors_minimising_the_negative():
     assert_bitwise(up, down)
 
 
-def test_groups_have_options_of_their_own_and_devices_and_dtypes_mix():
+def test_groups_have_their_own_options_devices_and_dtypes():
     together = [*make_params(1, torch.float32), *make_params(2, torch.float64)]
     first, second = make_params(1, torch.float32), make_params(2, torch.float64)
     joint = DEAT([{"params": together[:4]}, {"params": together[4:], "lr": 0.3, "k1": 0.2, "k2": 0.5}], lr=0.1)
@@ -401,7 +393,7 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
     assert_close(params, theirs)
 
 
-def test_leaves_gradients_and_random_state_alone():
+def test_gradients_and_random_state_are_unchanged():
     for foreach, maximize in ((False, False), (True, False), (False, True), (True, True)):
         params = make_params()
         optimizer = DEAT(params, 0.1, weight_decay=0.1, foreach=foreach, maximize=maximize)
@@ -502,7 +494,7 @@ def test_two_distributed_ranks_equal_one_process_on_the_joint_batch(tmp_path):
 
 @pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_never_waits_for_the_device(foreach, dtype):
+def test_a_step_reads_no_value_from_the_device(foreach, dtype):
     with FakeTensorMode():  # here reading a value on the host raises
         params = [nn.Parameter(torch.zeros(s, device="cuda", dtype=dtype)) for s in SHAPES]
         for optimizer in (DEAT(params, 0.1, weight_decay=0.1, decoupled=d, foreach=foreach) for d in (False, True)):
@@ -544,7 +536,7 @@ def test_options_out_of_range_are_refused(options, error, message):
     assert len(optimizer.param_groups) == 1
 
 
-def test_numbers_of_numpy_become_pythons_so_that_checkpoints_load_without_pickle():
+def test_numpy_numbers_become_python_numbers_and_checkpoints_load_without_pickle():
     optimizer = DEAT(make_params(), np.float64(0.1), np.float32(1), np.int64(0), weight_decay=np.float64(1e-4))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)

@@ -1,18 +1,22 @@
 """Presets: the recipes of papers, as settings that ``train`` takes."""
 
-import inspect
-
 import pytest
 
 from at_extensions.cli import main
-from at_extensions.commands.train import train
-from at_extensions.runs import RunDirectory
+from at_extensions.methods import create_method
+from at_extensions.models import create_model
 from at_extensions.presets import list_presets, preset
+from at_extensions.runs import RunDirectory
+from at_extensions.settings import TrainSettings
+
+
+def small_cnn():
+    return create_model("small_cnn", 3, in_chans=1, width=4)
 
 
 @pytest.mark.parametrize("name", list_presets())
 def test_a_preset_names_settings_of_train(name):
-    assert set(preset(name)) <= set(inspect.signature(train).parameters) - {"out"}
+    assert TrainSettings.from_dict(preset(name)).to_dict().keys() > preset(name).keys()
 
 
 def test_deat_is_the_papers_recipe():
@@ -32,12 +36,23 @@ def test_reat_is_the_released_recipe_on_all_of_the_tail():
     ]  # fmt: skip
 
 
+def test_te_is_the_released_recipe_with_the_penalty_from_epoch_90_to_150():
+    recipe = preset("te")
+    assert [recipe[key] for key in ("model", "epochs", "milestones", "weight_decay", "batch_size", "lr")] == [
+        "cifar_resnet18", 200, [100, 150], 5e-4, 128, 0.1,
+    ]  # fmt: skip
+    method = create_method("te", small_cnn(), num_samples=3, num_classes=3, epochs=200, milestones=[100, 150])
+    assert (method.start, method.end) == (90, 150)
+
+
 def test_an_unknown_preset_is_named_with_the_nearest(capsys):
     with pytest.raises(ValueError, match="did you mean 'deat'"):
         preset("daet")
     assert main(["train", "somewhere", "--preset", "daet"]) == 1
     assert "did you mean 'deat'" in capsys.readouterr().err
-    assert main(["train", "somewhere", "--preset"]) == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "somewhere", "--preset"])
+    assert stop.value.code == 2
 
 
 SMALL = ["--data", "digits", "--model", "small_cnn", "--model-options", '{"width": 4}', "--steps", "1", "--epochs=1",

@@ -75,7 +75,8 @@ def make_trained(make_run):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             options = {"width": 4} | options if model == "small_cnn" else options
-            save_weights(create_model(model, classes, mean=[0.5] * 3, std=[0.25] * 3, **options), run.weights())
+            options = {"mean": [0.5] * 3, "std": [0.25] * 3} | options
+            save_weights(create_model(model, classes, **options), run.weights())
         run.write_evaluation(report)
         old = run.weights().stat()
         os.utime(run.weights(), ns=(old.st_atime_ns, old.st_mtime_ns - 10**9))

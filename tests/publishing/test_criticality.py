@@ -8,13 +8,10 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
-import at_extensions as atx
-from at_extensions.analysis import LayerCriticality, layer_criticality
+from at_extensions.analysis import LayerCriticality
 from at_extensions.publishing import criticality_plots as plots
-from at_extensions.publishing.criticality import analyze_criticality, read_criticality, write_criticality
-from at_extensions.runs import RunDirectory, save_weights
+from at_extensions.publishing.criticality import read_criticality, write_criticality
 
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc")
 
@@ -23,57 +20,6 @@ def result(seed=0, wrapper="network.", trials=3, layers=LAYERS, **options):
     draw = np.random.default_rng(seed)
     values = {wrapper + name: (0.2 + 0.6 * draw.random(trials)).tolist() for name in layers}
     return LayerCriticality(values, wrapper=wrapper, **options)
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A file of random images, and two run directories with networks for it."""
-    draw = np.random.default_rng(0)
-    arrays = {f"{role}_images": draw.integers(0, 256, (24, 8, 8, 3), np.uint8) for role in ("train", "test")}
-    arrays |= {f"{role}_labels": np.arange(24) % 3 for role in ("train", "test")}
-    np.savez(tmp_path / "data.npz", **arrays)
-    for i in range(2):
-        torch.manual_seed(10 + i)
-        model = atx.create_model("small_cnn", 3, width=4)
-        save_weights(model, RunDirectory(tmp_path / f"run{i}").weights("last"))
-    return tmp_path
-
-
-def test_several_models_in_one_call(data):
-    runs = [str(data / "run0"), str(data / "run1")]
-    options = {"data": f"npz:{data / 'data.npz'}", "n_images": 12, "trials": 2, "progress": False, "device": "cpu"}
-    results = analyze_criticality(model=runs, out=str(data / "out"), **options)
-    assert list(results) == ["run0", "run1"]
-    images, labels = atx.load_dataset(options["data"], val_fraction=0.0).test.subset(12, seed=0).tensors()
-    for run, found in zip(runs, results.values()):
-        model = atx.models.load_model(RunDirectory(run).published_weights())
-        assert found.values == layer_criticality(model, images, labels, trials=2).values
-    names = {path.name for path in (data / "out").iterdir()}
-    pictures = {f"criticality_{kind}.png" for kind in ("depth", "heatmap", "stages", "run1_minus_run0")}
-    assert names == pictures | {"criticality.json", "criticality.csv"}
-    assert all((data / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-
-
-def test_on_adversarial_images(data):
-    options = {"data": f"npz:{data / 'data.npz'}", "n_images": 6, "trials": 1, "progress": False, "device": "cpu"}
-    options |= {"model": str(data / "run0"), "out": str(data / "out")}
-    attacked = analyze_criticality(attack_eps="16/255", attack_steps=2, **options)["run0"]
-    assert attacked.inputs == "PGD"
-    assert attacked.values != analyze_criticality(**options)["run0"].values
-    with pytest.raises(ValueError, match=r"did you mean 8/255"):
-        analyze_criticality(attack_eps=8, **options)
-
-
-def test_models_are_told_apart_by_their_paths(data):
-    for name in ("a", "b"):
-        save_weights(atx.create_model("small_cnn", 3, width=4), data / name / "w.safetensors")
-    paths = [str(data / name / "w.safetensors") for name in ("a", "b")]
-    options = {"data": f"npz:{data / 'data.npz'}", "n_images": 3, "trials": 1, "progress": False, "device": "cpu"}
-    assert list(analyze_criticality(model=paths, out=str(data / "out"), **options)) == paths
-    with pytest.raises(ValueError, match="the same model twice"):
-        analyze_criticality(model=paths[:1] * 2, out=str(data / "out"), **options)
-    with pytest.raises(ValueError, match="1 checkpoints for 2 models"):
-        analyze_criticality(model=paths, checkpoint=paths[0], out=str(data / "out"), **options)
 
 
 def test_what_was_written_reads_back(tmp_path):

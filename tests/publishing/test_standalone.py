@@ -46,7 +46,10 @@ def test_the_source_builds_the_same_network(name, options, size):
 def test_both_modules_hold_the_same_network():
     code = sources_of(create_model("small_cnn", 10).recipe)
     kinds = (ast.ClassDef, ast.FunctionDef)
-    parts = [{n.name: ast.dump(n) for n in ast.parse(text).body if isinstance(n, kinds)} for text in code]
+    parts = [
+        {n.name: ast.dump(n) for n in ast.parse(text).body if isinstance(n, kinds)}
+        for text in (code.architecture, code.zoo_entry)
+    ]
     assert parts[0].items() < parts[1].items()
     assert parts[1].keys() - parts[0].keys() == {"sun2023enhance_cifar10_linf"}
 

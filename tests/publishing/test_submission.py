@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from at_extensions.evaluation import state_digest
 from at_extensions.models import load_model
 from at_extensions.publishing import Paper, check_model_info, publish
-from at_extensions.publishing.submission import public_config, written_name
+from at_extensions.publishing.naming import architecture_name
+from at_extensions.publishing.submission import public_config
 
 ID = "Sun2023Enhance_CNN-4"
 
@@ -38,7 +39,7 @@ def test_the_result_is_robustbenchs(folder):
     assert check_model_info(info) == {
         "link": "https://example.org/sun", "name": "Enhanced training", "authors": "A. Sun, B. Moon",
         "additional_data": False, "number_forward_passes": 1, "dataset": "cifar10", "venue": "ICML 2023",
-        "architecture": "small_cnn", "eps": "8/255", "clean_acc": "90.00", "reported": "51.00",
+        "architecture": "small_cnn (width 4)", "eps": "8/255", "clean_acc": "90.00", "reported": "51.00",
         "autoattack_acc": "50.00", "footnote": "", "unreliable": False,
     }  # fmt: skip
 
@@ -72,7 +73,7 @@ def test_the_issue_has_every_line_of_the_template(folder):
     text = (folder / "new_model_issue.md").read_text()
     for line in ("[New Model] Sun2023Enhance_CNN-4", "- **Paper Title**: Enhanced training",
                  "- **Paper URL**: https://example.org/sun", "- **Paper authors**: A. Sun, B. Moon", "## Model 1",
-                 "- **Architecture**: small_cnn", "- **Threat Model**: Linf", "- **eps**: 8/255",
+                 "- **Architecture**: small_cnn (width 4)", "- **Threat Model**: Linf", "- **eps**: 8/255",
                  "- **Clean accuracy**: 90.00", "- **Robust accuracy**: 50.00", "- **Additional data**: false",
                  "- **Dataset**: cifar10", "- **Venue**: ICML 2023", "- **Checkpoint and code**: (the URL",
                  "robust accuracy after APGD-CE: 70.00%", "robust accuracy: 50.00%"):  # fmt: skip
@@ -83,11 +84,63 @@ def test_the_issue_has_every_line_of_the_template(folder):
     assert "NOT READY" not in text
 
 
-def test_a_known_architecture_is_ticked(make_trained, paper, tmp_path):
-    folder = publish(make_trained(model="wide_resnet_10_1"), paper, ID, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("model", "options", "name", "included"),
+    [("wide_resnet_10_1", {}, "WideResNet-10-1", True), ("cifar_resnet18", {"width": 8}, "ResNet-18 (width 8)", False),
+     ("preact_resnet18", {}, "PreActResNet-18", True),
+     ("resnet10t", {"drop_rate": 0.1}, "resnet10t (drop_rate 0.1)", True)],
+)  # fmt: skip
+def test_names_and_ticks_come_from_the_recipe(make_trained, paper, tmp_path, model, options, name, included):
+    folder = publish(make_trained(model=model, **options), paper, ID, tmp_path / "out")
     text = (folder / "new_model_issue.md").read_text()
-    assert text.count("- [x] I use an architecture that is included") == 1
-    assert "- **Architecture**: WideResNet-10-1" in text
+    assert text.count("- [x] I use an architecture that is included") == included
+    assert ("`model_zoo/architectures/` of the folder" in text) != included
+    assert f"- **Architecture**: {name}\n" in text
+    assert json.loads(next(folder.glob("model_info/*/*/*")).read_text())["architecture"] == name
+    assert f"\n{name} for cifar10" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("link", "venue", "printed"),
+    [("https://arxiv.org/abs/2302.04638", "", "arXiv, Feb 2023"), ("https://example.org/sun", "", "N/A"),
+     ("https://arxiv.org/abs/2302.04638", "ICML 2023", "ICML 2023"),
+     ("https://arxiv.org/abs/9902.04638", " ", "arXiv, Feb 2099"),
+     ("https://arxiv.org/pdf/2113.04638v2", "", "N/A")],
+)  # fmt: skip
+def test_the_venue_of_unpublished_work_is_robustbenchs(make_trained, tmp_path, link, venue, printed):
+    folder = publish(make_trained(), Paper("T", "A", link, venue), ID, tmp_path / "out")
+    assert json.loads(next(folder.glob("model_info/*/*/*")).read_text())["venue"] == printed
+    assert f"- **Venue**: {printed}\n" in (folder / "new_model_issue.md").read_text()
+    assert "N/A" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("license", "front"),
+    [("MIT", {"license": "mit"}), ("CC-BY-4.0", {"license": "cc-by-4.0"}),
+     ("https://example.org/l.txt", {"license": "other", "license_link": "https://example.org/l.txt"})],
+)  # fmt: skip
+def test_the_card_has_the_licence(make_trained, tmp_path, license, front):
+    folder = publish(make_trained(), Paper("T", "A", "L", license=license), ID, tmp_path / "out")
+    text = (folder / "README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1]).items() >= front.items()
+    assert f"Licence: {license}." in text
+    assert (f"located here: {license}" in (folder / "new_model_issue.md").read_text()) == (license != "MIT")
+
+
+@pytest.mark.parametrize("license", ["", "MIT\ntags: []", "my own", None])
+def test_a_licence_is_an_identifier_or_an_address(license):
+    with pytest.raises((ValueError, TypeError), match="license must be"):
+        Paper("T", "A", "L", license=license)
+
+
+@pytest.mark.parametrize(("channels", "images"), [(1, "gray"), (3, "RGB"), (4, "of 4 channels")])
+def test_the_card_names_its_folder_and_its_channels(make_trained, paper, tmp_path, channels, images):
+    mean = {"mean": [0.5] * channels, "std": [0.25] * channels}
+    run = make_trained(in_chans=channels, **mean)
+    text = (publish(run, paper, ID, tmp_path / "my folder") / "README.md").read_text()
+    assert f"Images are {images} in [0, 1], (B, {channels}, H, W)" in text
+    assert "FOLDER" not in text
+    assert "at-extensions verify my folder" in text
 
 
 def test_the_model_card_says_how_it_was_made(folder):
@@ -118,6 +171,8 @@ def test_paths_are_cut_from_the_configuration():
     assert public_config(config) == {"data": {"name": "npz:digits.npz"}, "seed": 1}
     assert config["data"]["root"] == "/home/me"
     assert public_config({"data": {"name": r"npz:C:\me\digits.npz"}})["data"]["name"] == "npz:digits.npz"
+    assert public_config({"data": {"name": "/home/me/digits.npz"}})["data"]["name"] == "digits.npz"
+    assert public_config({"data": {"name": "cifar10"}})["data"]["name"] == "cifar10"
 
 
 def test_what_the_paper_says_cannot_change_the_page(make_trained, tmp_path):
@@ -155,11 +210,20 @@ def test_data_without_a_leaderboard(make_trained, paper, tmp_path):
     assert call in (folder / "README.md").read_text()
 
 
-def test_a_file_of_data_needs_a_name(make_trained, paper, tmp_path):
-    run = make_trained(data="npz:/home/me/cifar.npz")
-    with pytest.raises(ValueError, match="dataset='cifar10'"):
+def test_a_file_that_is_called_like_a_data_set_of_robustbench_is_asked_about(make_trained, paper, tmp_path):
+    run = make_trained(data="npz:/home/me/cifar10.npz")
+    with pytest.raises(ValueError, match=r"a file called cifar10; .*dataset='cifar10'.*is free"):
         publish(run, paper, ID, tmp_path / "out")
     assert publish(run, paper, ID, tmp_path / "out", dataset="cifar10").is_dir()
+
+
+def test_an_own_data_set_is_called_after_its_file_and_may_have_any_name(make_trained, paper, tmp_path):
+    run = make_trained(data="npz:/home/me/my scans.v2.npz")
+    with pytest.raises(ValueError, match=r"called my_scans_v2 here; the name of an own one is free \(--dataset NAME\)"):
+        publish(run, paper, ID, tmp_path / "out")
+    for dataset, name in ((None, "my_scans_v2"), ("scans", "scans")):
+        folder = publish(run, paper, ID, tmp_path / name, dataset=dataset, allow_partial=True)
+        assert (folder / "model_info" / name / "Linf" / f"{ID}.json").is_file()
 
 
 def test_an_unreliable_result_says_so(make_trained, paper, tmp_path):
@@ -263,10 +327,13 @@ def test_a_failure_leaves_no_half_folder(make_trained, paper, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "written"),
-    [("wide_resnet_28_10", "WideResNet-28-10"), ("dm_wide_resnet_70_16", "WideResNet-70-16"), ("resnet50", "ResNet-50"),
-     ("preact_resnet18", "PreActResNet-18"), ("cifar_resnet34", "ResNet-34"), ("convnext_tiny", "convnext_tiny"),
-     ("resnet50d", "resnet50d")],
+    ("recipe", "printed"),
+    [({"name": "wide_resnet_28_10"}, "WideResNet-28-10"), ({"name": "dm_wide_resnet_70_16"}, "WideResNet-70-16"),
+     ({"name": "resnet50"}, "ResNet-50"), ({"name": "preact_resnet18", "width": 64}, "PreActResNet-18"),
+     ({"name": "cifar_resnet34", "width": 16, "num_classes": 9}, "ResNet-34 (width 16)"),
+     ({"name": "convnext_tiny"}, "convnext_tiny"),
+     ({"name": "resnet50d", "drop_rate": 0.25}, "resnet50d (drop_rate 0.25)"),
+     ({"name": "Net", "factory": "m:Net", "options": {"depth": 3, "num_classes": 9}}, "Net (depth 3)")],
 )  # fmt: skip
-def test_architectures_as_people_write_them(name, written):
-    assert written_name(name) == written
+def test_printed_names_of_architectures(recipe, printed):
+    assert architecture_name(recipe) == printed

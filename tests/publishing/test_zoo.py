@@ -102,7 +102,7 @@ def test_robustbench_loads_a_registered_model(make_trained, paper, tmp_path):
     assert not torch.equal(found["fresh"], logits)
     assert not found["training"]
     assert found["same"]
-    assert found["raised"] == ["sun2023enhance_cnn_4_cifar10_linf tells 10 classes apart, not 7"]
+    assert found["raised"] == ["sun2023enhance_cnn_4_cifar10_linf has 10 classes, not 7"]
 
 
 def test_a_name_that_timm_has_is_refused(make_trained, paper, tmp_path, monkeypatch):

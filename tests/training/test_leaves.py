@@ -293,3 +293,20 @@ def test_emulated_bfloat16_is_warned_of(monkeypatch, supported, precision, warne
         warnings.simplefilter("always")
         a_trainer(1, precision=precision)
     assert len([w for w in caught if "no bfloat16 instructions" in str(w.message)]) == warned
+
+
+def test_a_model_that_a_cpu_cannot_train_in_channels_last_keeps_its_layout():
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.short, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 1, stride=2), nn.Linear(72, 3)
+
+        def forward(self, x):
+            assert x.is_contiguous()
+            return self.head(self.short(self.stem(x)).flatten(1))
+
+    model = Strided()
+    trainer, train, val = a_trainer(1, model=model)
+    trainer.fit(train, val)
+    assert not trainer.channels_last
+    assert model.stem.weight.is_contiguous()

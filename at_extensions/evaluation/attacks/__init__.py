@@ -1,1 +1,1 @@
-"""AutoAttack's attacks in faster forms: the same verdicts as upstream's."""
+"""AutoAttack's attacks in faster forms, with the same verdicts as upstream's."""

@@ -1,4 +1,4 @@
-"""APGD that lets go of images once they are fooled: the same verdicts as AutoAttack's, in less time."""
+"""APGD that discards images once they are fooled: the same verdicts as AutoAttack's, in less time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from at_extensions.evaluation.verification import margin
 from at_extensions.upstream import attack_module
 
 MARGIN = 0.1
-"""By how many standard deviations of an image's logits another class must lead before the image is let go.
+"""Lead of another class, in standard deviations of an image's logits, from which on the image is discarded.
 
 A fast model's logits are within a thousandth of the given one's in float32, and within a few hundredths in bfloat16, so
 the model as given will agree."""
@@ -19,19 +19,19 @@ the model as given will agree."""
 _SETTLED = 50.0  # a logit so large that cross-entropy, and its gradient, are next to none
 
 
-class Standing:
-    """A classifier that is asked for the images alone that it has not been fooled on; for a single run of APGD.
+class Discarding:
+    """A classifier that is evaluated on the images alone that it has not been fooled on; for a single run of APGD.
 
-    APGD keeps an adversarial example when it meets one, and goes on with the image all the same: the verdict cannot
-    change any more. Here an image that another class leads on by ``MARGIN`` is answered, from the next call on, with
-    constant logits for its own class, which APGD takes for an iterate that found nothing.
+    APGD keeps an adversarial example once it meets one, and continues with the image although the verdict cannot change
+    any more. Here, an image on which another class leads by ``MARGIN`` gets, from the next call on, constant logits for
+    its own class, which APGD takes for an iterate that found nothing.
 
     Args:
         model: Classifier of images (B, C, H, W) that returns logits (B, K), each image's independent of the others.
         y: Classes of the images that every call brings, in this order (B,).
 
     Attributes:
-        rows: Which of them stand; the last one to fall stays.
+        rows: Numbers of the images that are not fooled; at least one remains.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], y: Tensor):
@@ -42,29 +42,29 @@ class Standing:
         """Return logits (B, K)."""
         rows = self.rows
         if len(rows) == len(x):
-            logits = asked = self.model(x)
+            logits = evaluated = self.model(x)
         else:
-            asked = self.model(x[rows])
-            settled = asked.new_zeros(len(x), asked.shape[1]).scatter(1, self.y.unsqueeze(1), _SETTLED)
-            logits = settled.index_copy(0, rows, asked)
-        stands = ~fooled_beyond_doubt(asked.detach(), self.y[rows])
-        if not stands.all():
-            self.rows = rows[stands] if stands.any() else rows[:1]  # a model may not like to be asked of no image
+            evaluated = self.model(x[rows])
+            settled = evaluated.new_zeros(len(x), evaluated.shape[1]).scatter(1, self.y.unsqueeze(1), _SETTLED)
+            logits = settled.index_copy(0, rows, evaluated)
+        robust = ~is_clearly_fooled(evaluated.detach(), self.y[rows])
+        if not robust.all():
+            self.rows = rows[robust] if robust.any() else rows[:1]  # not every model takes an empty batch
         return logits
 
 
-def fooled_beyond_doubt(logits: Tensor, y: Tensor) -> Tensor:
-    """Return on which images another class leads by ``MARGIN`` (B,), of logits (B, K) and their classes (B,)."""
+def is_clearly_fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether another class leads by ``MARGIN`` on each image (B,), from logits (B, K) and classes (B,)."""
     return -margin(logits, y) > MARGIN * logits.std(1)
 
 
-def _letting_go(original: type) -> type:
-    """Return a subclass of one of upstream's APGD attacks that asks for standing images alone."""
+def _discarding(original: type) -> type:
+    """Return a subclass of one of upstream's APGD attacks that evaluates the model on images not yet fooled alone."""
 
     def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
-        if self.eot_iter > 1 or self.use_largereps:  # one draw is no proof; a larger ball's points are only starts
+        if self.eot_iter > 1 or self.use_largereps:  # one draw proves nothing; points of a larger ball are only starts
             return original.attack_single_run(self, x, y, x_init=x_init)
-        model, self.model = self.model, Standing(self.model, y)
+        model, self.model = self.model, Discarding(self.model, y)
         try:
             return original.attack_single_run(self, x, y, x_init=x_init)
         finally:
@@ -74,10 +74,11 @@ def _letting_go(original: type) -> type:
 
 
 def attack_classes() -> tuple[type, type]:
-    """Return upstream's ``APGDAttack`` and ``APGDAttack_targeted``, for whom verdicts are all that counts.
+    """Return upstream's ``APGDAttack`` and ``APGDAttack_targeted``, reduced to their verdicts.
 
-    What ``perturb`` returns fools the model on the same images, but not by as much as upstream's, whose attacks go on;
-    points of highest loss (``best_loss=True``) are those met until an image is let go. Upstream itself stays as it is.
+    The images that ``perturb`` returns fool the model wherever upstream's do, but by a smaller margin, because upstream
+    continues to increase the loss; points of highest loss (``best_loss=True``) are those found until an image is
+    discarded. Upstream's classes themselves are not changed.
     """
     module = attack_module("autopgd_base")
-    return _letting_go(module.APGDAttack), _letting_go(module.APGDAttack_targeted)
+    return _discarding(module.APGDAttack), _discarding(module.APGDAttack_targeted)

@@ -1,4 +1,4 @@
-"""What ``import autoattack`` gets where no upstream is installed: its interface, over our driver."""
+"""The module that ``import autoattack`` gives where no upstream is installed: its interface to our evaluation."""
 
 from at_extensions.evaluation.served.autoattack import AutoAttack
 

@@ -1,4 +1,4 @@
-"""``autoattack.state``: how far an evaluation is, as one JSON file."""
+"""``autoattack.state``: the progress of an evaluation, as one JSON file."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from at_extensions.runs import write_json
 
 
 class EvaluationState:
-    """How far an evaluation is, with the attributes of upstream's class.
+    """The progress of an evaluation, with the attributes of upstream's class.
 
     Args:
-        attacks_to_run: Names of the attacks that make up the evaluation.
-        path: The JSON file, or None to keep nothing.
-        run_attacks: Those that are over.
-        robust_flags: Which samples still stand (N,).
+        attacks_to_run: Names of the evaluation's attacks.
+        path: The JSON file, or None to write nothing.
+        run_attacks: Names of the finished ones.
+        robust_flags: Which samples are robust so far (N,).
         clean_accuracy: Fraction in [0, 1].
-        seed: Seed of the evaluation, which a restored one goes on with.
+        seed: Seed of the evaluation, used when it resumes.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class EvaluationState:
 
     @property
     def robust_flags(self) -> Tensor | None:
-        """Which samples still stand, as 0.0 or 1.0 (N,): RobustBench takes their mean, which booleans do not have."""
+        """Which samples are robust so far, as 0.0 or 1.0 (N,): RobustBench takes the mean, undefined for booleans."""
         return None if self._robust_flags is None else self._robust_flags.float()
 
     @robust_flags.setter
@@ -51,10 +51,10 @@ class EvaluationState:
 
     @property
     def robust_accuracy(self) -> float:
-        """Share of the samples that still stand.
+        """Share of the samples that are robust so far.
 
         Raises:
-            ValueError: No sample has been looked at yet.
+            ValueError: No sample has been evaluated yet.
         """
         if self.robust_flags is None:
             raise ValueError("robust_flags is not set yet; run the evaluation first")
@@ -84,7 +84,7 @@ class EvaluationState:
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: Not one of ours; upstream's cannot be gone on from.
+            ValueError: Not a file of this class; upstream's own cannot be resumed.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -98,4 +98,4 @@ class EvaluationState:
                 values["seed"],
             )
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no state that at-extensions wrote; give another state_path") from error
+            raise ValueError(f"{path} is not a state that at-extensions wrote; give another state_path") from error

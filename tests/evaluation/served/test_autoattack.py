@@ -11,7 +11,7 @@ ATTACKS = ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
 def reference(model, x, y, bs, seed, **settings):
-    """What pyautoattack itself finds."""
+    """The result of pyautoattack itself."""
     attack = pyautoattack.AutoAttack(model, seed=seed, attacks=ATTACKS, version="custom", **settings)
     shorten(attack)
     tracer = sys.gettrace()
@@ -30,7 +30,7 @@ def shorten(attack):
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.02), ("L2", 0.15), ("L1", 0.6)])
-def test_results_are_pyautoattacks_own(net, make_images, label, norm, eps):
+def test_results_equal_pyautoattack(net, make_images, label, norm, eps):
     model, x = net().eval(), make_images(24, low=0, high=1)
     y = label(model, x, wrong=3)
     attack = AutoAttack(model, norm, eps, seed=3, device="cpu", version="custom", attacks_to_run=ATTACKS, verbose=False)
@@ -65,7 +65,7 @@ def test_a_plain_function_can_be_attacked_and_is_resumed(net, make_images, label
         attack(tmp_path / "state.json", offset=-9.0)
 
 
-def test_a_stopped_run_goes_on(net, make_images, label, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(net, make_images, label, tmp_path, monkeypatch):
     from at_extensions.evaluation.state import Store
 
     model, x = net().eval(), make_images(24)

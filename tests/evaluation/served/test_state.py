@@ -31,7 +31,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     path = tmp_path / "state.json"
     for text in ("", "[]", '{"_attacks_to_run": "{\'apgd-ce\'}", "_robust_flags": [true]}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="no state that at-extensions wrote"):
+        with pytest.raises(ValueError, match="not a state that at-extensions wrote"):
             EvaluationState.from_disk(path)
     with pytest.raises(FileNotFoundError):
         EvaluationState.from_disk(tmp_path / "absent.json")
