@@ -50,7 +50,8 @@ def _seeing_gradients(attack: Attack, device: torch.device) -> contextlib.Abstra
     """Return a context in which a confident network's input gradients do not underflow."""
     if isinstance(attack, (PGD, NFGSM)):
         return contextlib.nullcontext()
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.float16:
+    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if lowered and torch.get_autocast_dtype(device.type) is torch.float16:
         return torch.autocast(device.type, enabled=False)
     if any(p.dtype is torch.float16 for p in itertools.islice(attack.model.parameters(), 1)):
         warnings.warn(

@@ -229,7 +229,7 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(tmp_path):
     trainer.fit(train, val)
     with pytest.raises(FileExistsError, match="holds a run"):
         a_trainer(1, run_dir=tmp_path, resume=False)
-    with pytest.raises(ValueError, match=r"another configuration \(lr differ\)"):
+    with pytest.raises(ValueError, match=r"other settings \(lr: 0\.1, now 0\.2\)"):
         a_trainer(1, run_dir=tmp_path, config={"lr": 0.2})
     other = create_model("small_cnn", 3, in_chans=1, width=8)
     wrong, train, val = a_trainer(2, model=other, run_dir=tmp_path)
@@ -300,9 +300,13 @@ def test_a_compiled_run_trains_and_saves_what_an_uncompiled_one_does(tmp_path, m
         return compile(function, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch, "compile", eager)
+
+    def with_twin(model, **options):
+        return PGDAT(model, twin=True, **options)
+
     finals = []
     for name, compiled in (("plain", False), ("compiled", True)):
-        trainer, train, val = a_trainer(2, run_dir=tmp_path / name, compile=compiled)
+        trainer, train, val = a_trainer(2, method=with_twin, run_dir=tmp_path / name, compile=compiled)
         trainer.fit(train, val)
         finals.append(load_tensors(RunDirectory(tmp_path / name).weights("last"))[0])
     assert len(graphs) == 2  # the model's, and the twin's that attacks search on
