@@ -158,7 +158,7 @@ def test_the_switch_in_the_environment_turns_kernels_off(taken, monkeypatch):
     for ours, truth in zip(*outcomes):
         torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10)
     monkeypatch.setenv("AT_EXTENSIONS_KERNELS", "off")
-    with pytest.raises(ValueError, match="must be 0 .* or 1, got 'off'"):
+    with pytest.raises(ValueError, match=r"must be 0 .* or 1, got 'off'"):
         fold_batchnorm(model)
 
 
