@@ -3,9 +3,9 @@
 python benchmarks/search_precision.py runs/baseline-cpu/n_fgsm-seed0/checkpoints/best.safetensors --data npz:cifar10.npz
 
 All convolutions direct in both precisions and, in fp32, all 3 x 3 ones of --channels or more by Winograd's algorithm
-(which FoldedTwin takes from 160 channels on a CPU, as with fewer it is no faster). Against the model's input
-gradients in float64: the share of equal signs, of all numbers and of each image's larger half, and the
-median relative error. Then how many images withstand PGD that searches on that twin; the model in fp32 judges.
+(which FoldedTwin takes from 160 channels on a CPU, as with fewer it is no faster). Against the model's input gradients
+in float64: the share of equal signs, of all numbers and of each image's larger half, and the median relative error.
+Then how many images withstand PGD that searches on that twin; the model in fp32 judges.
 """
 
 from __future__ import annotations

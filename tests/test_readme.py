@@ -108,9 +108,9 @@ def test_the_python_blocks_run_in_order(tmp_path):
 
 
 def test_the_table_names_every_method():
-    assert set(re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)) == set(
-        atx.list_methods()
-    )
+    cells = re.findall(r"^\| (`[^|]+`) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(atx.list_methods())
 
 
 def test_relative_links_lead_to_files():

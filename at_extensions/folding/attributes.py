@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 _TORCHS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # of every module: tensors, submodules, hooks, modes
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, range, slice)
-_ALIKE = (
+_ALIKE = (  # compared by identity
     enum.Enum,
     type,
     types.ModuleType,
+    types.FunctionType,
     types.BuiltinFunctionType,
     nn.Module,
     Tensor,
