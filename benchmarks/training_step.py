@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,19 +36,24 @@ from torch.nn import functional as F
 
 from at_extensions import create_model
 from at_extensions.data import ImageSplit, make_loader
+from at_extensions.folding.backends import VARIABLE
 from at_extensions.memory import keep_freed_memory
 from at_extensions.methods import PGDAT
 from measuring import load, machine, seconds
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("cifar_resnet18", "cifar_resnet18:16", "preact_resnet18", "wide_resnet_16_2", "small_cnn")
-COLUMNS = ("floor", "floor_contiguous", "ours", "ours_twin", "torchattacks", "torchattacks_autocast", "art")
+COLUMNS = (
+    *("floor", "floor_contiguous", "ours", "ours_twin", "ours_twin_without_kernels"),
+    *("torchattacks", "torchattacks_autocast", "art"),
+)
 COMPILED = ("ours_compiled",)  # minutes of compilation: only where named by --columns
 RATIOS = {  # name -> (above the line, below it)
     "ours / floor": ("ours", "floor"),
     "twin / floor": ("ours_twin", "floor"),
     "ours / floor_contiguous": ("ours", "floor_contiguous"),
     "twin / floor_contiguous": ("ours_twin", "floor_contiguous"),
+    "twin without kernels / floor": ("ours_twin_without_kernels", "floor"),
     "ours / twin": ("ours", "ours_twin"),
     "torchattacks / ours": ("torchattacks", "ours"),
     "torchattacks / twin": ("torchattacks", "ours_twin"),
@@ -128,6 +134,11 @@ def ours(setting: Setting, *, twin: bool = False, compiled: bool = False) -> Ste
     return step
 
 
+def ours_without_kernels(setting: Setting) -> Step:
+    os.environ[VARIABLE] = "0"  # in this process alone, read when the first step builds the twin
+    return ours(setting, twin=True)
+
+
 def torchattacks_loop(setting: Setting, *, autocast: bool = False) -> Step:
     import torchattacks
 
@@ -183,6 +194,7 @@ MAKERS: dict[str, Callable[[Setting], Step]] = {
     "floor_contiguous": lambda s: floor(s, channels_last=False),
     "ours": ours,
     "ours_twin": lambda s: ours(s, twin=True),
+    "ours_twin_without_kernels": lambda s: ours_without_kernels(s),
     "ours_compiled": lambda s: ours(s, twin=True, compiled=True),
     "torchattacks": torchattacks_loop,
     "torchattacks_autocast": lambda s: torchattacks_loop(s, autocast=True),

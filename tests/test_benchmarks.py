@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -145,6 +146,19 @@ def test_convolutions_are_compared_with_their_errors(monkeypatch, tmp_path):
     assert [len(seconds) for seconds in found["seconds"].values()] == [2, 2]
     assert max(found["errors"]["torch"]) < min(found["errors"]["twin"])  # two ways indeed
     assert max(found["errors"]["twin"]) < 1e-5
+
+
+def test_kernels_are_switched_one_by_one_and_the_environment_stays(monkeypatch):
+    kernels = importlib.import_module("kernels")
+    from at_extensions.folding.cpu.convolution import WinogradConv2d
+    from at_extensions.models import create_model
+
+    model = create_model("cifar_resnet18", 10, width=20)  # 160 channels in the last stage
+    monkeypatch.setenv("AT_EXTENSIONS_KERNELS", "1")
+    found = {way: kernels.twin_with(on, model) for way, on in kernels.KERNELS.items()}
+    counts = {way: sum(type(m) is WinogradConv2d for m in twin.modules()) for way, twin in found.items()}
+    assert counts == {"folding": 0, "folding_again": 0, "winograd": 3}
+    assert os.environ["AT_EXTENSIONS_KERNELS"] == "1"
 
 
 def test_search_precision_tells_winograds_way_from_the_direct_one(monkeypatch, tmp_path):
