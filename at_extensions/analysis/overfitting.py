@@ -67,6 +67,10 @@ class RobustOverfitting:
         )
 
 
+FEWEST_EPOCHS = 4
+"""Epochs below which a run says nothing about overfitting."""
+
+
 def robust_overfitting(
     history: Any,
     *,

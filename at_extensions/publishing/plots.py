@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from at_extensions.analysis import RobustOverfitting
+
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Return the epochs that measured ``key``, and its values."""
@@ -34,12 +36,15 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 
 
 @styled
-def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def training_curves(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], overfitting: Mapping[str, RobustOverfitting] | None = None
+) -> Figure:
     """Draw accuracy and loss by epoch: one hue a run, one line style a quantity.
 
     Args:
         histories: By run, its epochs: dicts with ``epoch`` and any of ``train_loss``, ``train_accuracy``,
             ``val_clean_accuracy``, ``val_robust_accuracy`` (fractions).
+        overfitting: By run, its robust overfitting: a ring at the best robust accuracy, a line at the onset.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
@@ -52,7 +57,13 @@ def training_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
         "train_accuracy": (":", "training, as the method trains"),
     }
     drawn = set()
-    for i, history in enumerate(histories.values()):
+    for i, (label, history) in enumerate(histories.items()):
+        found = (overfitting or {}).get(label)
+        if found is not None:
+            ring = {"color": hue_of(i), "markersize": 9, "markerfacecolor": "none", "linestyle": ""}
+            accuracy.plot([found.best_epoch], [found.best], "o", **ring)
+            if found.onset is not None:
+                accuracy.axvline(found.onset, color=hue_of(i), linewidth=0.9, linestyle=(0, (4, 3)))
         for key, (style, _) in styles.items():
             epochs, values = _series(history, key)
             if epochs:

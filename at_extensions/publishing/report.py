@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from at_extensions.analysis.overfitting import FEWEST_EPOCHS, KEY, RobustOverfitting, robust_overfitting
 from at_extensions.publishing import figures, plots, sweep_plots
 from at_extensions.publishing.model_info import eps_fraction
 from at_extensions.publishing.pages import compact_yaml, render
@@ -53,6 +54,12 @@ class _Run:
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of robust accuracy."""
         return None if self.evaluation is None else plots.interval_of(self.evaluation)
+
+    @property
+    def overfitting(self) -> RobustOverfitting | None:
+        """Robust overfitting of the run; None where too few epochs were validated under attack."""
+        measured = [row for row in self.history if isinstance(row.get(KEY), (int, float))]
+        return robust_overfitting(measured) if len(measured) >= FEWEST_EPOCHS else None
 
     @property
     def minutes(self) -> float | None:
@@ -188,7 +195,9 @@ def _figures(
     attacked = {label: e for label, e in evaluated.items() if e.get("after_attack")}
     by_class = {label: e for label, e in evaluated.items() if e.get("per_class")}
     if histories:
-        drawn["curves"] = plots.training_curves(histories), "Training curves: accuracy and loss by epoch"
+        overfitting = {p.label: p.overfitting for p in pages if p.overfitting is not None}
+        curves = plots.training_curves(histories, overfitting)
+        drawn["curves"] = curves, "Training curves: accuracy and loss by epoch"
     if points:
         figure = sweep_plots.sweep(points, _sweep_accuracy(pages)[0])
         drawn["sweep"] = figure, "Robust accuracy against learning rate over batch size, nominal and effective"

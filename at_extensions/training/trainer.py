@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchattacks.attack import Attack
+from tqdm import tqdm
 
 from at_extensions import processes
+from at_extensions.analysis import overfitting
 from at_extensions.attacks import validation_attack
 from at_extensions.checks import (
     check_class_counts,
@@ -122,6 +125,7 @@ class Trainer:
         self._wrapped: nn.Module | None = None
         self._prepared, self._checked = False, False
         self._events: list[dict] = []
+        self._told = False
         self._asking: Observer | None = None
         if precision == "bf16":
             warn_of_slow_bf16(device_of(method.model))
@@ -161,9 +165,21 @@ class Trainer:
                     epochs.set_postfix({key: f"{value:.3g}" for key, value in row.items() if key != "epoch"})
                     if len(self.history.rows) > epochs.n:
                         epochs.update()
+                    self._tell_overfitting()
             finally:
                 self._wrapped = None
         return self.history
+
+    def _tell_overfitting(self) -> None:
+        """Log it once when robust overfitting has set in, with the advice; only where progress is shown."""
+        measured = [row for row in self.history.rows if overfitting.KEY in row]
+        if self._told or not (self.progress and processes.is_main()) or len(measured) < overfitting.FEWEST_EPOCHS:
+            return
+        found = overfitting.robust_overfitting(measured)
+        lasting = found.onset is not None and measured[-1]["epoch"] - found.onset >= 2  # one dip is noise
+        if lasting:
+            self._told = True
+            tqdm.write(found.advice, file=sys.stderr)
 
     def _prepare(self, val: Iterable | None) -> None:
         """Bring the model into the form in which it is trained."""

@@ -24,7 +24,7 @@ def test_two_runs_are_compared(make_run, tmp_path, read):
     assert "square : Square finds more than the white-box attacks" in page.text
     assert page.text.count("✗ no") == 1
     assert page.text.count("✓ yes") == 1
-    assert "at-extensions train pgd_at --data digits --model small_cnn" in page.text
+    assert "at-extensions train pgd_at --eps 8/255 --steps 10 --epochs 3 --batch-size 8 --seed 7" in page.text
     assert "at-extensions evaluate pgd_at --norm Linf --eps 0.03137254901960784 --version standard" in page.text
     assert "batch_size: 8" in page.text
     assert page.tags.count("svg") == 6  # bars, attacks, classes, curves and two triples
@@ -108,3 +108,20 @@ def test_bad_input(tmp_path, make_run):
         write_report([], tmp_path)
     with pytest.raises(FileNotFoundError, match="train first"):
         write_report([RunDirectory(tmp_path / "nowhere")], tmp_path)
+
+
+def test_robust_overfitting_is_in_the_page_with_its_onset(make_run, tmp_path, read):
+    values = [0.30, 0.40, 0.45, 0.40, 0.38, 0.36, 0.35]
+    rows = [
+        {"epoch": i, "val_robust_accuracy": v, "val_clean_accuracy": 0.6, "train_accuracy": 0.3 + 0.05 * i,
+         "train_loss": 1.0}
+        for i, v in enumerate(values, 1)
+    ]  # fmt: skip
+    overfit, short = make_run("overfit"), make_run("short")
+    overfit.write_metrics(rows)
+    short.write_metrics(rows[:3])
+    text = read(write_report([overfit, short], tmp_path / "r.html")).text
+    assert "45.0 % (epoch 3)" in text
+    assert "10.0 points" in text
+    assert "Robust overfitting since epoch 5" in text
+    assert text.count("points") == 1
