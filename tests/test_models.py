@@ -135,25 +135,6 @@ def test_normalisation_that_does_nothing_changes_no_bit():
     assert torch.equal(model(images(size=8)), model.network(images(size=8)))
 
 
-def test_a_settled_normalisation_is_left_out_only_while_it_does_nothing():
-    model = create_model("small_cnn", 3, width=2).double().eval()
-    seen = []
-    model.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    x = images(size=8).double()
-    model.skip_identity_normalisation()
-    model(x)
-    assert seen[-1] is x
-    model(x.float().double())
-    model.to(torch.float32)
-    with pytest.raises(RuntimeError, match=r"dtype|type"):
-        model(x)  # of another dtype: promoted, as it would be without
-    assert seen[-1] is not x
-    model.double().mean.fill_(0.5)
-    model.skip_identity_normalisation()
-    model(x)
-    torch.testing.assert_close(seen[-1], x - 0.5)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
