@@ -26,7 +26,7 @@ def test_two_runs_are_compared(make_run, tmp_path, read):
     assert page.text.count("✓ yes") == 1
     settings = "--eps 8/255 --alpha 2/255 --steps 10 --epochs 3 --batch-size 8 --seed 7"
     assert f"at-extensions train pgd_at {settings}" in page.text
-    assert "at-extensions evaluate pgd_at --norm Linf --eps 0.03137254901960784 --version standard" in page.text
+    assert "at-extensions evaluate pgd_at --eps 8/255" in page.text
     assert "batch_size: 8" in page.text
     assert page.tags.count("svg") == 6  # bars, attacks, classes, curves and two triples
 
