@@ -34,6 +34,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Does adversarial training make early and middle layers critical?": ("criticality_study/study.json",
                                                                          learned.criticality_study),
     "One training step": ("training_step_cpu/*.json", speed.training_step),
+    "Kernels of the twin": ("kernels/*.json", speed.kernels),
     "AutoAttack's speed": ("autoattack_speed/*.json", speed.autoattack_speed),
     "Precision of the search": ("search_precision.json", speed.search_precision),
     "Convolutions": ("convolutions.json", speed.convolutions),

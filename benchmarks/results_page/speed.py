@@ -7,13 +7,16 @@ from pathlib import Path
 
 from results_page.words import goal, load, load_all, network, origin, percent, table
 
+EARLIER = "With CPU kernels most of which have been removed since, on a CPU with AVX-512."
+
 
 def training_step(results: Path) -> str:
     text = ""
     for folder, flags, words in (
-        ("training_step_cpu", "", "Freed memory is kept in every column (`keep_freed_memory`)."),
-        ("training_step_cpu_compiled", " --columns floor ours_twin ours_compiled", "With `torch.compile`:"),
-        ("training_step_cpu_default_allocator", " --default-allocator", "Malloc gives freed memory back:"),
+        ("training_step_avx2", "", "A CPU with AVX2:"),
+        ("training_step_cpu", "", EARLIER + " Freed memory is kept in every column (`keep_freed_memory`)."),
+        ("training_step_cpu_compiled", " --columns floor ours_twin ours_compiled", EARLIER + " With `torch.compile`:"),
+        ("training_step_cpu_default_allocator", " --default-allocator", EARLIER + " Malloc gives freed memory back:"),
     ):
         found = load_all(results / folder)
         if found:
@@ -88,11 +91,54 @@ def search_precision(results: Path) -> str:
     return (
         origin("python benchmarks/search_precision.py CHECKPOINT ... --data npz:cifar10.npz", [found],
                f"Seed: {settings['seed']}.")
+        + f"\n{EARLIER} Winograd in bf16 is one of them.\n"
         + "\nWhether the twin's roundings weaken an attack: signs of the input gradient that equal those of the model "
         f"in float64, and images right after PGD-{settings['steps']}. Winograd's ways are taken from "
         f"{settings['channels']} channels on, more often than the twin does.\n\n"
         + table(["network", "search", "equal signs", "in the larger half", "robust images"], rows)
     )  # fmt: skip
+
+
+KERNELS = {  # ratio in the files -> its column
+    "torchattacks / folding": "torchattacks",
+    "model / folding": "without a twin",
+    "packed / folding": "packed weights",
+    "packed+gradients / folding": "and input gradients",
+    "winograd / folding": "Winograd",
+    "eval_norm / folding": "own BatchNorm gradient",
+    "identity / folding": "no identity normalisation",
+    "compiled / folding": "compiled",
+    "folding_again / folding": "folding again",
+}
+
+
+def kernels(results: Path) -> str:
+    """Return which CPU kernels of a twin pay, by whole training steps and AutoAttack runs."""
+    found = load_all(results / "kernels")
+    steps, suites, notes = [], [], {}
+    for file, row in found.items():
+        for name, of_network in row["networks"].items():
+            if "ways" in of_network:
+                seconds = {way: values["seconds"] for way, values in of_network["ways"].items()}
+                suites += [
+                    (file, f"`{name}`", way, f"{spent:.0f} s", f"{seconds['stock'] / spent:.2f}")
+                    for way, spent in seconds.items()
+                ]
+            else:
+                ratios = of_network["fp32"]["ratios"]
+                cells = (f"{ratios[ratio]:.2f}" if ratio in ratios else "" for ratio in KERNELS)
+                steps.append((file, f"`{name}`", of_network["fp32"]["batch_size"], *cells))
+        if row.get("note"):
+            notes.setdefault(row["note"], []).append(f"`{file}`")
+    text = (
+        origin("python benchmarks/kernels.py steps` and `python benchmarks/kernels.py autoattack", [*found.values()])
+        + "\nA kernel stays where it saves at least 3 % of a whole step or run. Seconds of a PGD-10 step in fp32 relative to "
+        "the twin with folded BatchNorm alone, each kernel added by itself; bf16 needs a CPU with its instructions.\n\n"
+        + table(["file", "network", "batch", *KERNELS.values()], steps)
+        + "\nThe standard AutoAttack suite, and how many times as fast as stock:\n\n"
+        + table(["file", "network", "search", "time", "times stock"], suites)
+    )
+    return text + "".join(f"\n{', '.join(files)}: {note}.\n" for note, files in notes.items())
 
 
 WAYS = {"stock": "stock", "fp32": "fp32", "bf16": "bf16 search", "one": "one process, one thread", "two": "two such"}
