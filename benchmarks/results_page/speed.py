@@ -133,7 +133,7 @@ def kernels(results: Path) -> str:
     text = (
         origin("python benchmarks/kernels.py steps` and `python benchmarks/kernels.py autoattack", [*found.values()])
         + "\nA kernel stays where it saves at least 3 % of a whole step or run. Seconds of a PGD-10 step in fp32 "
-        "relative to the twin with folded BatchNorm alone, each kernel added by itself; bf16 needs its instructions.\n\n"
+        "relative to the twin with folded BatchNorm alone, each kernel added by itself; bf16 needs instructions.\n\n"
         + table(["file", "network", "batch", *KERNELS.values()], steps)
         + "\nThe standard AutoAttack suite, and how many times as fast as stock:\n\n"
         + table(["file", "network", "search", "time", "times stock"], suites)
