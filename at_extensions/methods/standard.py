@@ -14,7 +14,9 @@ class Standard(Method):
 
     Args:
         model: Classifier of images in [0, 1] that returns logits (B, K).
+        twin: As in ``Method``, so that every method takes it; there is no attack that would search on a twin.
+        seed: Of the stream of random starts, which clean training does not draw from.
     """
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, *, twin: bool | str = "auto", seed: int = 0):
+        super().__init__(model, twin=twin, seed=seed)
