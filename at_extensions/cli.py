@@ -99,6 +99,24 @@ def criticality(settings: s.CriticalitySettings) -> None:
     print(f"results: {', '.join(str(path) for path in sorted(Path(settings.out).glob('criticality*')))}")
 
 
+def dispersion(settings: s.DispersionSettings) -> None:
+    """Measure how far PGD's end points spread over its random starts (local dispersion); write JSON."""
+    from at_extensions.commands.analyze import analyze_dispersion
+
+    for name, result in analyze_dispersion(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {Path(settings.out) / 'dispersion.json'}")
+
+
+def instability(settings: s.InstabilitySettings) -> None:
+    """Measure how much the training gradient changes along a step, and the attack's share; write JSON and a picture."""
+    from at_extensions.commands.analyze import analyze_instability
+
+    for name, result in analyze_instability(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {Path(settings.out) / 'instability.json'}, {Path(settings.out) / 'instability.png'}")
+
+
 def demo(settings: s.DemoSettings) -> None:
     """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
 
@@ -157,6 +175,14 @@ COMMANDS = {
     ),
     "analyze criticality": Command(
         criticality, s.CriticalitySettings, "analyze criticality --model runs/digits --data digits --n-examples 50"
+    ),
+    "analyze dispersion": Command(
+        dispersion,
+        s.DispersionSettings,
+        "analyze dispersion --model runs/digits --data digits --n-examples 9 --eps 0.2",
+    ),
+    "analyze instability": Command(
+        instability, s.InstabilitySettings, "analyze instability --model runs/digits --data digits --eps 0.2"
     ),
     "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),
 }

@@ -177,7 +177,7 @@ class _Run:
 
     def attack(self) -> Tensor:
         for stream in _streams(self.loss):
-            stream.load_state_dict({"seed": self.seed, "states": {}})
+            stream.load_state_dict(stream.state_dict() | {"seed": self.seed, "states": {}})
         return self.loss.perturb(self.x, self.y, self.index)
 
     def gradient(self, x_adv: Tensor) -> tuple[list[Tensor], float]:

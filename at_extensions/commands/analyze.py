@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from at_extensions.analysis import LayerCriticality, layer_criticality
+import torch
+from torch import Tensor, nn
+
+from at_extensions.analysis import (
+    Dispersion,
+    GradientInstability,
+    LayerCriticality,
+    gradient_instability,
+    layer_criticality,
+    local_dispersion,
+)
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_device
 from at_extensions.data import load_test
+from at_extensions.methods import create_method
 from at_extensions.models import check_fits
 from at_extensions.named_models import open_model
 from at_extensions.processes import own_device
+from at_extensions.progress import bar
 from at_extensions.publishing import write_criticality
-from at_extensions.runs import check_writable
-from at_extensions.settings import CriticalitySettings
+from at_extensions.publishing.figures import save_png
+from at_extensions.publishing.instability_plots import instability_curves
+from at_extensions.runs import check_writable, write_json
+from at_extensions.settings import CriticalitySettings, DispersionSettings, InstabilitySettings, MeasureSettings
 
 _MEASURE = ("trials", "reset", "divergence", "batch_size", "seed", "ci_width", "max_trials", "memory_limit", "progress")
 
@@ -36,26 +50,8 @@ def analyze_criticality(settings: CriticalitySettings | None = None, **options: 
         TypeError, ValueError: Settings that cannot be right.
     """
     settings = CriticalitySettings.of(settings, options)
-    device = own_device() if settings.device is None else check_device(settings.device)
-    models = settings.model
-    checkpoints = [None] * len(models) if settings.checkpoint is None else settings.checkpoint
-    if len(checkpoints) != len(models):
-        raise ValueError(f"got {len(checkpoints)} checkpoints for {len(models)} models; give one for each")
-    labels, eps = _labels(models, checkpoints), settings.attack_eps
-    test = load_test(settings.data, root=settings.root, image_size=settings.image_size)
-    images, targets = test.subset(min(settings.n_examples, len(test)), seed=0).tensors()
-    check_writable(settings.out)
-    results = {}
-    for label, name, weights in zip(labels, models, checkpoints):
-        network, fresh = open_model(
-            name,
-            weights,
-            num_classes=test.num_classes,
-            dataset={10: "cifar10", 100: "cifar100"}.get(test.num_classes, "imagenet"),
-            threat_model=settings.threat_model,
-            folder=settings.model_folder,
-        )
-        network = check_fits(network.to(device), images[0], settings.data)
+    eps, results = settings.attack_eps, {}
+    for label, network, fresh, images, targets in _Models(settings):
         results[label] = layer_criticality(
             network,
             images,
@@ -66,6 +62,122 @@ def analyze_criticality(settings: CriticalitySettings | None = None, **options: 
         )
     write_criticality(results, settings.out)
     return results
+
+
+def analyze_dispersion(settings: DispersionSettings | None = None, **options: Any) -> dict[str, Dispersion]:
+    """Measure the local dispersion of PGD on test images; write ``dispersion.json``.
+
+    Args:
+        settings: The settings.
+        **options: Single settings by name (see ``DispersionSettings``), such as ``model=["runs/a"], eps="8/255"``.
+
+    Returns:
+        The result of each model, by its name.
+
+    Raises:
+        FileNotFoundError: No such run, checkpoint or data set.
+        OSError: The folder cannot be written.
+        TypeError, ValueError: Settings that cannot be right.
+    """
+    settings = DispersionSettings.of(settings, options)
+    results = {}
+    for label, network, _, images, targets in bar(_Models(settings), "dispersion of", show=settings.progress):
+        alpha = settings.eps / 4 if settings.alpha is None else settings.alpha
+        results[label] = local_dispersion(
+            network,
+            PGD(network, settings.eps, alpha, settings.steps),
+            images,
+            targets,
+            starts=settings.starts,
+            norm=float(settings.norm),
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+        )
+    _write(settings, "dispersion", {label: result.to_dict() for label, result in results.items()})
+    return results
+
+
+def analyze_instability(settings: InstabilitySettings | None = None, **options: Any) -> dict[str, GradientInstability]:
+    """Measure the gradient instability of a training method on test images; write JSON and a picture.
+
+    Args:
+        settings: The settings.
+        **options: Single settings by name (see ``InstabilitySettings``), such as ``model=["runs/a"], method="trades"``.
+
+    Returns:
+        The result of each model, by its name.
+
+    Raises:
+        FileNotFoundError: No such run, checkpoint or data set.
+        OSError: The folder cannot be written.
+        TypeError, ValueError: Settings that cannot be right.
+    """
+    settings = InstabilitySettings.of(settings, options)
+    results = {}
+    for label, network, _, images, targets in bar(_Models(settings), "instability of", show=settings.progress):
+        offered = {"eps": settings.eps, "seed": settings.seed, "num_samples": len(images), "epochs": 1}
+        offered |= {"num_classes": int(targets.max()) + 1, "class_counts": targets.bincount().clamp(min=1).tolist()}
+        results[label] = gradient_instability(
+            network,
+            create_method(settings.method, network, offered=offered),
+            images,
+            targets,
+            direction=settings.direction,
+            **({} if settings.steps is None else {"steps": settings.steps}),
+            lr=settings.lr,
+            index=torch.arange(len(images)),
+            seed=settings.seed,
+        )
+    _write(settings, "instability", {label: result.to_dict() for label, result in results.items()})
+    save_png(instability_curves(results), Path(settings.out) / "instability.png")
+    return results
+
+
+def _write(settings: MeasureSettings, name: str, results: dict[str, Any]) -> None:
+    write_json(Path(settings.out) / f"{name}.json", {"settings": settings.to_dict(), "models": results})
+
+
+class _Opened(NamedTuple):
+    """A trained model with the images to measure it on."""
+
+    label: str
+    network: nn.Module
+    fresh: Callable[[int], nn.Module] | None
+    images: Tensor
+    targets: Tensor
+
+
+class _Models:
+    """The models that the settings name, opened one after the other, with their images."""
+
+    def __init__(self, settings: MeasureSettings):
+        self.settings = settings
+        self.device = own_device() if settings.device is None else check_device(settings.device)
+        models = settings.model
+        checkpoints = [None] * len(models) if settings.checkpoint is None else settings.checkpoint
+        if len(checkpoints) != len(models):
+            raise ValueError(f"got {len(checkpoints)} checkpoints for {len(models)} models; give one for each")
+        self.named = list(zip(_labels(models, checkpoints), models, checkpoints))
+        self.test = load_test(settings.data, root=settings.root, image_size=settings.image_size)
+        check_writable(settings.out)
+
+    def __len__(self) -> int:
+        return len(self.named)
+
+    def __iter__(self) -> Iterator[_Opened]:
+        settings, test = self.settings, self.test
+        images, targets = test.subset(min(settings.n_examples, len(test)), seed=0).tensors()
+        for label, name, weights in self.named:
+            network, fresh = open_model(
+                name,
+                weights,
+                num_classes=test.num_classes,
+                dataset={10: "cifar10", 100: "cifar100"}.get(test.num_classes, "imagenet"),
+                threat_model=settings.threat_model,
+                folder=settings.model_folder,
+            )
+            network = check_fits(network.to(self.device), images[0], settings.data)
+            yield _Opened(label, network, fresh, images, targets)
 
 
 def _labels(models: Sequence[str], checkpoints: Sequence[str | None]) -> list[str]:

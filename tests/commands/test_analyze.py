@@ -1,12 +1,15 @@
 """Criticality of models that are named as on the command line."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import at_extensions as atx
-from at_extensions.analysis import layer_criticality
-from at_extensions.commands.analyze import analyze_criticality
+from at_extensions.analysis import gradient_instability, layer_criticality, local_dispersion
+from at_extensions.attacks import PGD
+from at_extensions.commands.analyze import analyze_criticality, analyze_dispersion, analyze_instability
 from at_extensions.runs import RunDirectory, save_weights
 
 
@@ -68,3 +71,40 @@ def test_images_of_another_shape_and_a_folder_that_cannot_be_written_end_it_befo
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write into .*file/out"):
         analyze_criticality(**digits | {"data": f"npz:{data / 'data.npz'}", "out": str(tmp_path / "file" / "out")})
+
+
+def test_dispersion_is_what_the_function_measures(data):
+    options = {"data": f"npz:{data / 'data.npz'}", "n_examples": 6, "progress": False, "device": "cpu"}
+    runs = [str(data / "run0"), str(data / "run1")]
+    results = analyze_dispersion(
+        model=runs, out=str(data / "out"), eps="16/255", starts=3, steps=8, norm="1", **options
+    )
+    images, labels = atx.load_dataset(options["data"], val_fraction=0.0).test.subset(6, seed=0).tensors()
+    for run, found in zip(runs, results.values()):
+        model = atx.models.load_model(RunDirectory(run).published_weights())
+        direct = local_dispersion(model, PGD(model, 16 / 255, 4 / 255, 8), images, labels, starts=3, norm=1)
+        assert torch.equal(found.per_sample, direct.per_sample)
+    written = json.loads((data / "out" / "dispersion.json").read_text())
+    assert written["models"]["run1"]["mean"] == results["run1"].mean
+    assert written["settings"]["starts"] == 3
+
+
+def test_instability_is_what_the_function_measures(data):
+    options = {"data": f"npz:{data / 'data.npz'}", "n_examples": 6, "progress": False, "device": "cpu"}
+    found = analyze_instability(
+        model=str(data / "run0"), out=str(data / "out"), eps="16/255", method="trades", steps=[0.5, 1], **options
+    )["run0"]
+    model = atx.models.load_model(RunDirectory(data / "run0").published_weights())
+    images, labels = atx.load_dataset(options["data"], val_fraction=0.0).test.subset(6, seed=0).tensors()
+    method = atx.create_method("trades", model, eps=16 / 255)
+    assert found == gradient_instability(model, method, images, labels, steps=[0.5, 1])
+    assert json.loads((data / "out" / "instability.json").read_text())["models"]["run0"] == found.to_dict()
+    assert (data / "out" / "instability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_norms_and_methods_are_refused(data):
+    options = {"model": str(data / "run0"), "data": f"npz:{data / 'data.npz'}", "out": str(data / "out")}
+    with pytest.raises(ValueError, match="norm"):
+        analyze_dispersion(norm="3", **options)
+    with pytest.raises(ValueError, match="did you mean 'trades'"):
+        analyze_instability(method="trade", device="cpu", progress=False, **options)
