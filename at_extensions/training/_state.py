@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from at_extensions import processes
 from at_extensions.runs import load_plain_state_dict, plain_state_dict
 from at_extensions.training.history import History
 from at_extensions.training.metrics import EpochSums
-from at_extensions.training.observers import Observer
-
-if TYPE_CHECKING:
-    from at_extensions.training.trainer import Trainer
+from at_extensions.training.observers import Observer, Training
 
 
-def capture(trainer: Trainer) -> dict[str, Any]:
+def capture(trainer: Training) -> dict[str, Any]:
     """Return all that the coming steps depend on, but the data; tensors are those in use, not copies."""
     return {
         "model": plain_state_dict(trainer.method.model),
@@ -30,7 +27,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def restore(trainer: Trainer, state: dict[str, Any], *, but: Observer | None = None) -> None:
+def restore(trainer: Training, state: dict[str, Any], *, but: Observer | None = None) -> None:
     """Go on from a captured state; the observer ``but`` keeps its memory.
 
     Observers come first: on a resume one may repeat a remedy that gives the method other parts.
@@ -52,7 +49,7 @@ def restore(trainer: Trainer, state: dict[str, Any], *, but: Observer | None = N
         stream.load_state_dict(state["streams"][name])
 
 
-def checkpoint(trainer: Trainer, train: Iterable) -> dict[str, Any]:
+def checkpoint(trainer: Training, train: Iterable) -> dict[str, Any]:
     """Return the state after an epoch, for the run directory; every process calls this."""
     state = capture(trainer)
     return state | {
@@ -67,7 +64,7 @@ def checkpoint(trainer: Trainer, train: Iterable) -> dict[str, Any]:
     }
 
 
-def resume(trainer: Trainer, state: dict[str, Any], train: Iterable) -> None:
+def resume(trainer: Training, state: dict[str, Any], train: Iterable) -> None:
     """Go on from a checkpoint.
 
     Raises:
@@ -104,7 +101,7 @@ class Snapshots:
         sums: The epoch's sums.
     """
 
-    def __init__(self, trainer: Trainer, train: Iterable, sums: EpochSums):
+    def __init__(self, trainer: Training, train: Iterable, sums: EpochSums):
         asking = [observer for observer in trainer.observers if observer.rolls_back]
         every = [observer.snapshot_every for observer in asking if observer.snapshot_every]
         self._trainer, self._train = trainer, train

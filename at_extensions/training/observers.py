@@ -7,20 +7,42 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchattacks.attack import Attack
 
 from at_extensions.analysis import Dispersion, local_dispersion
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_images, check_name, check_number, device_of
-from at_extensions.methods import Step
+from at_extensions.methods import Method, Step
+from at_extensions.training.history import History
 from at_extensions.untouched import attacking
 
-if TYPE_CHECKING:
-    from at_extensions.training.trainer import Trainer
+
+class Training(Protocol):
+    """A running training as observers and checkpoints see it: a ``Trainer``.
+
+    Attributes:
+        method: The training method, which a remedy may exchange.
+        optimizer: The optimiser.
+        scheduler: The schedule, or None.
+        ema: timm's ModelEmaV3, or None.
+        observers: The observers.
+        history: The metrics so far.
+        rollbacks: How often it was rolled back.
+    """
+
+    method: Method
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    ema: Any
+    observers: list[Observer]
+    history: History
+    rollbacks: int
 
 
 @dataclass
@@ -58,7 +80,7 @@ class RollBack:
 
     reason: str
     steps: int | None = None
-    remedy: Callable[[Trainer], None] | None = None
+    remedy: Callable[[Training], None] | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,7 +104,7 @@ class Observer:
     snapshot_every: int | None = None
     snapshots: int = 2
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Training) -> None:
         """Prepare for a fit; called before a checkpoint is loaded. Raise here if the trainer does not fit."""
 
     def after_step(self, number: int, step: Step, y: Tensor) -> None:
@@ -222,7 +244,7 @@ class OverfittingProbe(Observer):
         self.threshold = check_number("threshold", threshold, above=0)
         self.seed = seed
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Training) -> None:
         """Take the training attack's eps where no attack was given."""
         if self.attack is None:
             eps = getattr(trainer.method.attack, "eps", None)
