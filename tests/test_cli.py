@@ -194,11 +194,18 @@ def test_next_lines_run_as_printed_on_a_data_set_of_ones_own(shell, tmp_path):
     assert "FAIL" not in shell(command)
 
 
+def _interruptible():
+    """Undo what a shell does to its background jobs, which ignore SIGINT and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interruption_says_so_and_the_same_command_goes_on(tmp_path):
     run = RunDirectory(tmp_path / "run")
     words = ["train", str(run.path), "--epochs", "400", "--method", "n_fgsm", *QUICK[2:-1], "--val-steps=1"]
     command = [sys.executable, "-W", "ignore", "-m", "at_extensions.cli", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_interruptible
+    )
     end = time.monotonic() + 200
     while not len(run.metrics()) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)

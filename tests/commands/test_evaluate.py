@@ -90,7 +90,7 @@ def test_a_log_file_gets_a_line_an_attack(run, capfd):
     evaluate_run(run.path, version="custom", attacks="apgd-ce,square", n_examples=20)
     lines = [line for line in capfd.readouterr().err.splitlines() if "batches" in line]
     assert [line.split(" ")[0] for line in lines] == ["apgd-ce", "square"]
-    assert all("% left" in line for line in lines)
+    assert all("% robust accuracy" in line for line in lines)
 
 
 def test_under_torchrun_one_process_writes_what_a_single_one_would(tmp_path):

@@ -117,4 +117,4 @@ def test_a_measured_choice_is_part_of_a_methods_state():
     assert other._choice.chosen() == method._choice.chosen()
     assert len(other._choice.chosen()) == 1
     assert torch.equal(other.perturb(x, y), method.perturb(x, y))
-    assert set(plain.get_extra_state()) == {"seed", "states"}
+    assert set(plain.get_extra_state()) == {"stream"}
