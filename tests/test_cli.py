@@ -164,7 +164,17 @@ def example(capsys):
 def test_the_examples_of_help_run_one_after_the_other(shell, example):
     for name in COMMANDS.keys() - {"demo"}:
         assert example(name).startswith(f"at-extensions {name}")
-    for name in ("train", "evaluate", "report", "publish", "verify", "leaderboard", "analyze criticality"):
+    for name in (
+        "train",
+        "evaluate",
+        "report",
+        "publish",
+        "verify",
+        "leaderboard",
+        "analyze criticality",
+        "analyze dispersion",
+        "analyze instability",
+    ):
         shell(example(name))
     assert example("analyze") == example("analyze criticality")
     assert example("") == example("demo")

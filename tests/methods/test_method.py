@@ -261,7 +261,7 @@ def test_what_is_offered_is_taken_where_it_fits_and_gives_way_to_what_is_asked(s
         ("pgd", {"epsilon": 0.1}, "unknown option of method 'pgd' 'epsilon'; did you mean 'eps'"),
         ("fgsm", {"alpha": 0.1}, "unknown option of method 'fgsm' 'alpha'"),
         ("n_fgsm", {"steps": 10}, "unknown option of method 'n_fgsm' 'steps'"),
-        ("standard", {"eps": 0.1}, "unknown option of method 'standard' 'eps'; known: none"),
+        ("standard", {"eps": 0.1}, "unknown option of method 'standard' 'eps'; known: seed, twin"),
         ("pgd", {"eps": 8}, "did you mean 8/255"),
         ("rs_fgsm", {"eps": 8}, "did you mean 8/255"),
     ],

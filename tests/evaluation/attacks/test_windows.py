@@ -66,8 +66,8 @@ NETWORKS = [
     ("resnet18", {}, 64),
     ("regnetx_002", {}, 64),
     ("mobilenetv3_small_050", {}, 64),
-    ("efficientnet_b0", {}, 64),
-    ("densenet121", {}, 64),
+    ("tinynet_e", {}, 64),
+    ("densenet121", {"growth_rate": 8, "block_config": (2, 3, 4, 2)}, 64),
 ]
 
 
