@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 results: $(READY)
 	$(BIN)/python benchmarks/results.py
