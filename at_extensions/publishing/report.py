@@ -57,9 +57,10 @@ class _Run:
 
     @property
     def overfitting(self) -> RobustOverfitting | None:
-        """Robust overfitting of the run; None where too few epochs were validated under attack."""
+        """Robust overfitting of the run; None after clean training, or with too few epochs validated under attack."""
         measured = [row for row in self.history if isinstance(row.get(KEY), (int, float))]
-        return robust_overfitting(measured) if len(measured) >= FEWEST_EPOCHS else None
+        told = self.named("method") != "standard" and len(measured) >= FEWEST_EPOCHS
+        return robust_overfitting(measured) if told else None
 
     @property
     def minutes(self) -> float | None:

@@ -173,7 +173,12 @@ class Trainer:
     def _tell_overfitting(self) -> None:
         """Log it once when robust overfitting has set in, with the advice; only where progress is shown."""
         measured = [row for row in self.history.rows if overfitting.KEY in row]
-        if self._told or not (self.progress and processes.is_main()) or len(measured) < overfitting.FEWEST_EPOCHS:
+        attacked = self.method.attack is not None
+        if (
+            self._told
+            or not (attacked and self.progress and processes.is_main())
+            or len(measured) < overfitting.FEWEST_EPOCHS
+        ):
             return
         found = overfitting.robust_overfitting(measured)
         lasting = found.onset is not None and measured[-1]["epoch"] - found.onset >= 2  # one dip is noise

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from tiny import a_model, a_trainer, same, weights
+from tiny import a_model, a_split, a_trainer, same, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -313,3 +313,14 @@ def test_a_compiled_run_trains_and_saves_what_an_uncompiled_one_does(tmp_path, m
     assert finals[0].keys() == finals[1].keys()
     for key, value in finals[0].items():
         torch.testing.assert_close(finals[1][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_robust_overfitting_is_told_once_and_only_of_attacked_training(capsys, monkeypatch):
+    values = iter([0.3, 0.5, 0.5, 0.4, 0.35, 0.3, 0.3, 0.3] * 2)
+    monkeypatch.setattr(Trainer, "_validate", lambda self, val: {"val_robust_accuracy": next(values)})
+    for method, told in ((lambda m: PGDAT(m, eps=0.1, alpha=0.1, steps=1, start="zero"), 1), (Standard, 0)):
+        model = a_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        x, y = a_split().tensors()
+        Trainer(method(model), optimizer, epochs=8, val_attack=False).fit([(x[:8], y[:8])], [()])
+        assert capsys.readouterr().err.count("Robust overfitting since epoch 4") == told
