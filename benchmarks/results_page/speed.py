@@ -70,6 +70,7 @@ def convolutions(results: Path) -> str:
     settings = found["settings"]
     return (
         origin("python benchmarks/convolutions.py", [found], f"Seed: {settings['seed']}. Rounds: {settings['rounds']}.")
+        + f"\n{EARLIER}\n"
         + f"\nThe convolution with its input's gradient, batch {settings['batch_size']}: torch's seconds over the "
         "twin's. Shapes are input channels x output channels x side, k1 for a 1 x 1 kernel.\n\n"
         + table(
