@@ -1,8 +1,9 @@
-"""The form of a model in which it is trained: memory format, average, wrapper, modes."""
+"""The form in which a model is trained (average, wrapper, modes), and checks of what a trainer is given."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from at_extensions import processes
 from at_extensions.checks import device_of
 from at_extensions.methods import Method
+from at_extensions.training.observers import Observer
 
 
 def in_eval_mode(model: nn.Module) -> list[nn.Module]:
@@ -41,3 +43,11 @@ def wrapped(method: Method) -> nn.Module:
         return method
     device = device_of(method)
     return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None)
+
+
+def check_observers(observers: Sequence[Observer]) -> list[Observer]:
+    """Return the observers as a list, or refuse one that is none."""
+    for observer in observers:
+        if not isinstance(observer, Observer):
+            raise TypeError(f"observers must be training.observers.Observer, got {type(observer).__name__}")
+    return list(observers)

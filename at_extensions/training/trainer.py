@@ -31,7 +31,7 @@ from at_extensions.folding import to_channels_last
 from at_extensions.methods import Method
 from at_extensions.progress import bar
 from at_extensions.runs import RunDirectory
-from at_extensions.training._preparing import average, in_eval_mode, warn_of_slow_bf16, wrapped
+from at_extensions.training._preparing import average, check_observers, in_eval_mode, warn_of_slow_bf16, wrapped
 from at_extensions.training._state import Snapshots, checkpoint, resume
 from at_extensions.training.checkpoint import Checkpointer
 from at_extensions.training.history import History
@@ -115,7 +115,7 @@ class Trainer:
         self.clip_grad = clip_grad if clip_grad is None else check_number("clip_grad", clip_grad, above=0)
         self.seed, self.progress, self.channels_last, self.compile = seed, progress, channels_last, compile
         self.class_counts = None if class_counts is None else check_class_counts(class_counts)
-        self.observers = _check_observers(observers)
+        self.observers = check_observers(observers)
         self.max_rollbacks, self.rollbacks = check_count("max_rollbacks", max_rollbacks, at_least=0), 0
         self.ema = None if ema is None else average(method.model, check_number("ema", ema, above=0, below=1))
         self.history = History()
@@ -393,10 +393,3 @@ class Trainer:
         if request is not None:
             self.history.stopped = request.reason
         self._checkpoints.save(lambda: checkpoint(self, train), self.model)
-
-
-def _check_observers(observers: Sequence[Observer]) -> list[Observer]:
-    for observer in observers:
-        if not isinstance(observer, Observer):
-            raise TypeError(f"observers must be training.observers.Observer, got {type(observer).__name__}")
-    return list(observers)
