@@ -17,7 +17,7 @@ LATE = ["timm", "robustbench", "matplotlib", "sklearn", "pyautoattack", "autoatt
 HEAVY = ["torch", "torchattacks", "scipy", *LATE]
 ROOT = Path(at_extensions.__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-ROOMS = sorted({file.split("/")[0].removesuffix(".py") for file in FILES} - {"__init__", "cli"})
+ROOMS = sorted({file.split("/")[0].removesuffix(".py") for file in FILES} - {"__init__", "__main__", "cli"})
 
 
 def python(code):

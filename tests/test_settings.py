@@ -33,7 +33,7 @@ RECIPE = {"name": "small_cnn", "num_classes": 10, "mean": [0.5, 0.25, 0.1], "std
 
 def parsed(words):
     """The settings that the command line makes of these words."""
-    command, options = cli._parse(words)
+    command, options = cli.parse(words)
     options.pop(command.argument or "", None)
     return command.settings.from_dict(options)
 

@@ -14,7 +14,7 @@ def read_back(command, name):
     """The run directory and the settings that the command line makes of a command."""
     program, *words = shlex.split(command)
     assert (program, words[0]) == ("at-extensions", name)
-    found, options = cli._parse(words)
+    found, options = cli.parse(words)
     return options.pop(found.argument), found.settings.from_dict(options)
 
 

@@ -1,0 +1,176 @@
+"""The commands: each calls one function of ``commands`` or ``experiments`` and prints its result."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from at_extensions import settings as s
+from at_extensions.configuration import Settings
+
+
+def train(out: str, settings: s.TrainSettings) -> None:
+    """Train a classifier adversarially and keep everything about it in a run directory.
+
+    Started again with the same settings, an interrupted run goes on where it was. Under torchrun the batch is shared
+    out over the processes. --preset NAME begins with the recipe of a paper; options beside it win.
+    """
+    from at_extensions.commands.train import train
+    from at_extensions.processes import is_main
+
+    run = train(out, settings)
+    if is_main():
+        numbers = {k: v for k, v in run.metrics()[-1].items() if isinstance(v, (int, float))}
+        print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        print(f"run: {run.path}\nnext: {shlex.join(['at-extensions', 'evaluate', str(run.path)])}")
+
+
+def evaluate(run: str, settings: s.EvaluateSettings) -> None:
+    """Attack a model with AutoAttack on a test split; write evaluation.json and a report into its run directory.
+
+    The model is that of a run, or a checkpoint of your own: --model, --weights, --data and --eps then make the run.
+    Stopped and started again, it goes on where it was. Under torchrun the batches are dealt over the processes.
+    """
+    from at_extensions.commands.evaluate import evaluate_run, write_results
+    from at_extensions.commands.publish import publish_command
+    from at_extensions.processes import is_main
+
+    result = evaluate_run(run, settings)
+    if is_main():
+        info, page = write_results(run)
+        print(f"{result}\nmodel_info: {info}\nreport: {page}\nnext: {publish_command(run)}")
+
+
+def report(folder: str, settings: s.ReportSettings) -> None:
+    """Write one HTML page on several runs side by side, with the plots of a sweep where they are one."""
+    from at_extensions.commands.report import report_runs
+
+    print(f"report: {report_runs(folder, settings)}")
+
+
+def publish(run: str, settings: s.PublishSettings) -> None:
+    """Write an evaluated run as a folder that is ready to submit to RobustBench."""
+    from at_extensions.commands.publish import publish_run, verify_command
+
+    folder = publish_run(run, settings)
+    print(f"submission: {folder}\nnext: {verify_command(folder, run)}")
+
+
+def verify(folder: str, settings: s.VerifySettings) -> int:
+    """Check a folder that publish wrote: hashes, schema, clean accuracy, and AutoAttack on some of the images.
+
+    RobustBench's own load_model loads the model in a fresh process. The exit status is 0 if every check passes, else 1.
+    """
+    from at_extensions.commands.verify import verify_folder
+
+    verification = verify_folder(folder, settings)
+    print(verification)
+    return 0 if verification.passed else 1
+
+
+def leaderboard(folder: str, settings: s.LeaderboardSettings) -> None:
+    """Write one self-contained HTML page that ranks every model_info JSON under a folder."""
+    from at_extensions.commands.leaderboard import rank_results
+
+    print(f"leaderboard: {rank_results(folder, settings)}")
+
+
+def criticality(settings: s.CriticalitySettings) -> None:
+    """Measure layer criticality of trained models on test images; write JSON, CSV and pictures."""
+    from at_extensions.commands.analyze import analyze_criticality
+
+    for name, result in analyze_criticality(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {', '.join(str(path) for path in sorted(Path(settings.out).glob('criticality*')))}")
+
+
+def dispersion(settings: s.DispersionSettings) -> None:
+    """Measure how far PGD's end points spread over its random starts (local dispersion); write JSON."""
+    from at_extensions.commands.analyze import analyze_dispersion
+
+    for name, result in analyze_dispersion(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {Path(settings.out) / 'dispersion.json'}")
+
+
+def instability(settings: s.InstabilitySettings) -> None:
+    """Measure how much the training gradient changes along a step, and the attack's share; write JSON and a picture."""
+    from at_extensions.commands.analyze import analyze_instability
+
+    for name, result in analyze_instability(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {Path(settings.out) / 'instability.json'}, {Path(settings.out) / 'instability.png'}")
+
+
+def demo(settings: s.DemoSettings) -> None:
+    """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
+
+    Takes minutes on two CPU cores. Run again, it goes on where it stopped.
+    """
+    from at_extensions.experiments.demo import demo
+
+    print(f"report: {demo(settings)}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its function, its settings and, for ``--help``, its argument and an example."""
+
+    run: Callable[..., int | None]
+    settings: type[Settings]
+    example: str
+    argument: str | None = None
+    about: str = ""
+    resumes: bool = False
+
+
+COMMANDS = {
+    "train": Command(
+        train,
+        s.TrainSettings,
+        "train runs/digits --data digits --method pgd --eps 0.2 --steps 3 --epochs 5 --augment crop",
+        "out",
+        "The run directory.",
+        resumes=True,
+    ),
+    "evaluate": Command(
+        evaluate,
+        s.EvaluateSettings,
+        "evaluate runs/digits --n-examples 50",
+        "run",
+        "A run directory, or the one to make.",
+        resumes=True,
+    ),
+    "report": Command(
+        report, s.ReportSettings, "report runs", "folder", "A folder of run directories, or one run directory."
+    ),
+    "publish": Command(
+        publish,
+        s.PublishSettings,
+        'publish runs/digits --id Doe2026Digits --paper.title "Robust digits" --paper.authors "Jane Doe" '
+        "--paper.link https://example.org --allow-partial",
+        "run",
+        "A run with weights and an evaluation.",
+    ),
+    "verify": Command(
+        verify, s.VerifySettings, "verify Doe2026Digits --n-examples 20", "folder", "A folder that publish wrote."
+    ),
+    "leaderboard": Command(
+        leaderboard, s.LeaderboardSettings, "leaderboard runs", "folder", "Any folder with model_info JSON files."
+    ),
+    "analyze criticality": Command(
+        criticality, s.CriticalitySettings, "analyze criticality --model runs/digits --data digits --n-examples 50"
+    ),
+    "analyze dispersion": Command(
+        dispersion,
+        s.DispersionSettings,
+        "analyze dispersion --model runs/digits --data digits --n-examples 9 --eps 0.2",
+    ),
+    "analyze instability": Command(
+        instability, s.InstabilitySettings, "analyze instability --model runs/digits --data digits --eps 0.2"
+    ),
+    "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),
+}
+GROUPS = {"analyze": "Measure a trained model."}

@@ -1,0 +1,48 @@
+"""The settings of every command: the command line, YAML files, presets and Python build the same dataclasses."""
+
+from at_extensions.settings.analysis import (
+    CriticalitySettings,
+    DispersionSettings,
+    InstabilitySettings,
+    MeasureSettings,
+)
+from at_extensions.settings.evaluation import EvaluateSettings, OwnModelSettings
+from at_extensions.settings.experiments import DemoSettings
+from at_extensions.settings.publishing import (
+    LeaderboardSettings,
+    Paper,
+    PublishSettings,
+    ReportSettings,
+    VerifySettings,
+)
+from at_extensions.settings.training import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    OptimSettings,
+    TrainSettings,
+    differences,
+    read_settings,
+)
+
+__all__ = [
+    "CriticalitySettings",
+    "DataSettings",
+    "DemoSettings",
+    "DispersionSettings",
+    "EvaluateSettings",
+    "InstabilitySettings",
+    "LeaderboardSettings",
+    "MeasureSettings",
+    "MethodSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "OwnModelSettings",
+    "Paper",
+    "PublishSettings",
+    "ReportSettings",
+    "TrainSettings",
+    "VerifySettings",
+    "differences",
+    "read_settings",
+]
