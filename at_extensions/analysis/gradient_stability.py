@@ -170,12 +170,15 @@ def gradient_instability(
 
 
 class _Run:
-    """A batch with its loss; attacks always begin at the same random start."""
+    """A batch with its loss; attacks always begin at the same random start and with the same memory of the method."""
 
     def __init__(self, loss: Objective, weights: list[nn.Parameter], x: Tensor, y: Tensor, index, seed: int):
         self.loss, self.weights, self.x, self.y, self.index, self.seed = loss, weights, x, y, index, seed
+        self.memory = copy.deepcopy(loss.memory()) if callable(getattr(loss, "load_memory", None)) else None
 
     def attack(self) -> Tensor:
+        if self.memory is not None:  # temporal ensembling moves its table whenever it attacks
+            self.loss.load_memory(self.memory)
         for stream in _streams(self.loss):
             stream.load_state_dict(stream.state_dict() | {"seed": self.seed, "states": {}})
         return self.loss.perturb(self.x, self.y, self.index)
