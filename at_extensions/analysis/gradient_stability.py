@@ -19,6 +19,10 @@ DIRECTIONS = ("update", "random")
 """Minus the gradient, or random numbers normalised filter by filter."""
 
 
+class ZeroGradient(ValueError):
+    """The gradient at the given weights is zero, so that its change has no scale."""
+
+
 class Objective(Protocol):
     """An adversarial loss in two parts, such as any ``at_extensions.methods.Method``."""
 
@@ -150,7 +154,8 @@ def gradient_instability(
         start, _ = run.gradient(x_adv := run.attack())
         norm = _norm(start)
         if not (math.isfinite(norm) and norm > 0):
-            raise ValueError(f"the gradient at the given weights has norm {norm:g}, so its change has no scale")
+            kind = ZeroGradient if norm == 0 else ValueError
+            raise kind(f"the gradient at the given weights has norm {norm:g}, so its change has no scale")
         moves = _direction(direction, weights, start, seed)
         recomputed, frozen = [], []
         for s in steps:

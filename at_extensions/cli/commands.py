@@ -104,6 +104,20 @@ def instability(settings: s.InstabilitySettings) -> None:
     print(f"results: {Path(settings.out) / 'instability.json'}, {Path(settings.out) / 'instability.png'}")
 
 
+def random_labels(settings: s.RandomLabelsSettings) -> int:
+    """Train on random labels by several methods, and measure what they memorise; write JSON and pictures.
+
+    Accuracy on right and on wrong training labels, clean and under PGD, and the instability of the training gradient
+    with the attack's share. Run again, it goes on where it stopped; several processes may share a folder.
+    """
+    from at_extensions.experiments.random_labels import random_labels
+
+    progress = random_labels(settings.out, settings)
+    written = [path for path in sorted(Path(settings.out).iterdir()) if path.suffix == ".png"]
+    print(f"{progress}\nresults: {', '.join(map(str, [Path(settings.out) / 'summary.json', *written]))}")
+    return 1 if progress.failed else 0
+
+
 def demo(settings: s.DemoSettings) -> None:
     """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
 
@@ -171,6 +185,12 @@ COMMANDS = {
     "analyze instability": Command(
         instability, s.InstabilitySettings, "analyze instability --model runs/digits --data digits --eps 0.2"
     ),
+    "experiment random-labels": Command(
+        random_labels,
+        s.RandomLabelsSettings,
+        "experiment random-labels --data digits --eps 0.2 --epochs 1 --train-size 60 --seeds 0 --rates 0,1",
+        resumes=True,
+    ),
     "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),
 }
-GROUPS = {"analyze": "Measure a trained model."}
+GROUPS = {"analyze": "Measure a trained model.", "experiment": "Train models to learn something about training."}

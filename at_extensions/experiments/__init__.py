@@ -2,6 +2,7 @@
 
 from at_extensions.experiments.cell import Cell
 from at_extensions.experiments.demo import demo
+from at_extensions.experiments.random_labels import Memorisation, random_labels, random_labels_study
 from at_extensions.experiments.robust_accuracy import RobustAccuracy
 from at_extensions.experiments.running import StudyProgress, run_study
 from at_extensions.experiments.study import Arm, Study
@@ -11,6 +12,7 @@ from at_extensions.intervals import PairedDifference, paired_bootstrap, paired_i
 __all__ = [
     "Arm",
     "Cell",
+    "Memorisation",
     "PairedDifference",
     "RobustAccuracy",
     "Study",
@@ -19,6 +21,8 @@ __all__ = [
     "demo",
     "paired_bootstrap",
     "paired_interval",
+    "random_labels",
+    "random_labels_study",
     "run_study",
     "summarise",
     "wilson_interval",
