@@ -188,7 +188,8 @@ COMMANDS = {
     "experiment random-labels": Command(
         random_labels,
         s.RandomLabelsSettings,
-        "experiment random-labels --data digits --eps 0.2 --epochs 1 --train-size 60 --seeds 0 --rates 0,1",
+        "experiment random-labels --data digits --methods pgd,trades --rates 0,1 --seeds 0 --eps 0.2 --epochs 1 "
+        "--train-size 60",
         resumes=True,
     ),
     "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),

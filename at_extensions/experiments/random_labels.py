@@ -254,7 +254,8 @@ def write_figures(study: Study, results: str | Path) -> list[Path]:
     """
     accuracies: dict[str, dict[float, list[dict[str, float]]]] = {}
     curves: dict[float, dict[str, list[dict[str, Any]]]] = {}
-    rows = read_results(study, results)
+    place = {arm: number for number, arm in enumerate(study.every_arm)}
+    rows = sorted(read_results(study, results), key=lambda row: place.get(row["arm"], len(place)))
     for row in rows:
         method, rate = row["options"]["method"], row["options"]["label_noise"]
         accuracies.setdefault(method, {}).setdefault(rate, []).append(numbers({"last": row["last"]}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from at_extensions.publishing.figures import INK, hue_of, new_figure, percent_axis, shorten, styled
+from at_extensions.publishing.figures import INK, hue_of, logarithmic, new_figure, percent_axis, shorten, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,15 +55,16 @@ def instability_by_rate(curves: Mapping[float, Mapping[str, Sequence[Mapping[str
         curves: Rate -> method -> for each seed, ``GradientInstability.to_dict()``.
     """
     figure = new_figure(3.9)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     methods = list(dict.fromkeys(method for of_rate in curves.values() for method in of_rate))
     for axes, (rate, of_rate) in zip(panels, sorted(curves.items())):
         for method, seeds in of_rate.items():
             for name, style in (("recomputed", "-"), ("frozen", "--")):
                 changes = zip(*(seed[name]["change"] for seed in seeds))
                 _band(axes, dict(zip(seeds[0]["steps"], changes)), style, hue_of(methods.index(method)))
-        axes.set(title=f"{100 * rate:g} % of labels redrawn", xlabel="step length s / lr", xscale="log")
+        axes.set(title=f"{100 * rate:g} % of labels redrawn", xlabel="step length s / lr")
         axes.set_ylim(bottom=0)
+        logarithmic(axes, sorted({step for seeds in of_rate.values() for seed in seeds for step in seed["steps"]}))
     panels[0].set_ylabel("|G(s) - G(0)| / |G(0)|")
     _legend(figure, methods, ("attack recomputed", "frozen"))
     return figure
