@@ -31,6 +31,7 @@ from at_extensions.publishing.figures import save_png
 from at_extensions.publishing.memorisation_plots import instability_by_rate, memorisation_by_rate
 from at_extensions.runs import KINDS, RunDirectory, check_writable
 from at_extensions.settings import RandomLabelsSettings, TrainSettings
+from at_extensions.untouched import random_state_kept
 
 METHODS = ("pgd", "trades", "standard")
 RATES = (0.0, 0.5, 1.0)
@@ -79,7 +80,11 @@ class Memorisation:
         check_count("n_instability", self.n_instability, at_least=0)
 
     def __call__(self, run: RunDirectory, cell: Cell) -> dict[str, Any]:
-        """Return the measurements as JSON types."""
+        """Return the measurements as JSON types; run and global random state are left as they were."""
+        with random_state_kept():
+            return self._measure(run)
+
+    def _measure(self, run: RunDirectory) -> dict[str, Any]:
         settings = TrainSettings.from_config(run.config())
         splits = load_splits(settings)
         flipped = splits.train.labels != splits.train.clean_labels
@@ -330,7 +335,7 @@ def _check_results(study: Study, measure: Memorisation, out: str | Path) -> None
     for row in read_results(study, out):
         pairs = [(own, _shared(row["options"])), (asdict(measure), row.get("measured", {}))]
         for now, before in pairs:
-            for name in sorted(now.keys() | before.keys()):
+            for name in {**now, **before}:
                 left_out = name in _ATTACK and before.get(name) is None
                 if now.get(name) != before.get(name) and not left_out:
                     raise ValueError(
