@@ -113,8 +113,8 @@ def random_labels(settings: s.RandomLabelsSettings) -> int:
     from at_extensions.experiments.random_labels import random_labels
 
     progress = random_labels(settings.out, settings)
-    written = [path for path in sorted(Path(settings.out).iterdir()) if path.suffix == ".png"]
-    print(f"{progress}\nresults: {', '.join(map(str, [Path(settings.out) / 'summary.json', *written]))}")
+    found = [Path(settings.out) / name for name in ("summary.json", "memorisation.png", "instability.png")]
+    print(f"{progress}\nresults: {', '.join(str(path) for path in found if path.exists())}")
     return 1 if progress.failed else 0
 
 
