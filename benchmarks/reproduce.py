@@ -177,7 +177,7 @@ STUDIES = {
             | {"steps": 3, "alpha": 4 / 255, "epochs": 40, "batch_size": 32},
             "gpu": GPU_NET
             | {"model": "cifar_resnet18", "val_fraction": 0.02}
-            | {"steps": 10, "alpha": 2 / 255, "epochs": 200, "milestones": [100, 150]},
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200},
         },
         measure=both_checkpoints,
         pairs=tuple(
