@@ -39,7 +39,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Precision of the search": ("search_precision.json", speed.search_precision),
     "Convolutions": ("convolutions.json", speed.convolutions),
     "Speed of layer criticality": ("criticality.json", speed.criticality),
-    "Cost of a REAT step": ("reat_cost_cpu.json", speed.reat_cost),
+    "Cost of a REAT step": ("reat_cost_cpu.json", speed.step_cost("reat_cost")),
+    "Cost of temporal ensembling": ("te_cost_cpu.json", speed.step_cost("te_cost")),
     "Cost of a DEAT step": ("deat_cost.json", speed.deat_cost),
 }  # fmt: skip
 
