@@ -81,6 +81,19 @@ def convolutions(results: Path) -> str:
     )
 
 
+def restarts(results: Path) -> str:
+    found = load(results / "restarts.json")
+    seconds = found["seconds"]
+    return (
+        origin("python benchmarks/restarts.py CHECKPOINT --data npz:cifar10.npz", [found], f"Seed: {found['seed']}.")
+        + f"\n{found['what']}: {network(found['model'])} at eps {255 * found['eps']:.3g}/255, clean accuracy "
+        f"{percent(found['clean_accuracy'])}, robust accuracy {percent(found['robust_accuracy'])}. {goal(found)}\n\n"
+        + table(["plain loop", "`evaluate(version=\"pgd-50-10\")`", "times as fast", "verdicts that differ"],
+                [(f"{seconds['plain']:.0f} s", f"{seconds['ours']:.0f} s", f"{found['times_as_fast']:.2f}",
+                  found["verdicts_that_differ"])])
+    )  # fmt: skip
+
+
 def search_precision(results: Path) -> str:
     found = load(results / "search_precision.json")
     settings = found["settings"]
