@@ -43,8 +43,8 @@ def overfitting(results: Path) -> str:
     return (
         study_origin(rows)
         + f"\nPGD-AT (PGD-{options['steps']}) of {network(options)} on {options['train_size']:,} CIFAR-10 images, "
-        f"{options['epochs']} epochs, augmentation {options.get('augment', 'crop_flip')}; standard AutoAttack on {images}"
-        " test images, means over the seeds. The best epoch is chosen on held-out validation images.\n\n"
+        f"{options['epochs']} epochs, augmentation {options.get('augment', 'crop_flip')}; standard AutoAttack on "
+        f"{images} test images, means over the seeds. The best epoch is chosen on held-out validation images.\n\n"
         + table(
             ["", "schedule", "best epoch", "last epoch", "best minus last", "claim: robust overfitting"], accuracies
         )
