@@ -33,6 +33,12 @@ def measured(cpu: RobustAccuracy):
     return measure
 
 
+def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
+    """AutoAttack on the best and the last checkpoint, on a part of the test images on a CPU."""
+    images = 300 if cell.scale == "cpu" else None
+    return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("best", "last"))(run, cell)
+
+
 CPU_NET = {"model": "cifar_resnet18", "model_options": {"width": 16}, "precision": "bf16"}
 SMALL_NET = CPU_NET | {"model_options": {"width": 8}}
 GPU_NET = {"model": "preact_resnet18", "precision": "bf16"}
@@ -61,6 +67,15 @@ RATES, EFFECTIVE_RATES = (0.1, 0.3), (0.3, 1.0)
 EFFECTIVE = {"sgd": 1.0, "momentum": 0.1, "deat": 5**0.5}  # nominal rate of each at an effective rate of 1
 NOMINAL = [(name, lr) for lr in RATES for name in OPTIMIZERS]
 MATCHED = [(name, lr * EFFECTIVE[name]) for lr in EFFECTIVE_RATES for name in OPTIMIZERS]
+
+# robust overfitting: each remedy under a schedule that drops the rate, and under one that ends at 0
+REMEDIES = {
+    "pgd": {"method": "pgd"},
+    "te": {"method": "te"},
+    "ema": {"method": "pgd", "ema": 0.99},
+    "awp": {"method": "awp"},
+}
+SCHEDULES = {"piecewise": {"schedule": "step"}, "cyclic": {"schedule": "onecycle"}}
 
 STUDIES = {
     "baseline": Study(
@@ -146,6 +161,33 @@ STUDIES = {
                 *((effective * EFFECTIVE["deat"], effective * EFFECTIVE[other]) for effective in EFFECTIVE_RATES),
             ]
         ),
+    ),
+    "overfitting": Study(
+        name="overfitting",
+        question="How far does AutoAttack accuracy fall from the best to the last epoch of PGD-AT, and do temporal "
+        "ensembling, averaged weights or adversarial weight perturbation stop the fall, under either schedule?",
+        arms={
+            f"{remedy}_{schedule}": Arm(REMEDIES[remedy] | SCHEDULES[schedule])
+            for schedule in SCHEDULES
+            for remedy in REMEDIES
+        },
+        common={"eps": EPS},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 30, "batch_size": 64, "augment": "none"},
+            "gpu": GPU_NET
+            | {"model": "cifar_resnet18", "val_fraction": 0.02}
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200},
+        },
+        measure=both_checkpoints,
+        pairs=tuple(
+            (f"{remedy}_{schedule}", f"pgd_{schedule}")
+            for schedule in SCHEDULES
+            for remedy in REMEDIES
+            if remedy != "pgd"
+        )
+        + tuple((f"te_{schedule}", f"ema_{schedule}") for schedule in SCHEDULES),
     ),
     "random_labels": random_labels_study(
         rates=(0.0, 1.0),
