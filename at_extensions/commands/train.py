@@ -19,7 +19,8 @@ from at_extensions.training.schedule import create_optimizer, create_scheduler, 
 from at_extensions.training.trainer import Trainer
 
 VAL_BATCH = 500
-_TRAINER = ("epochs", "precision", "channels_last", "compile", "ema", "clip_grad", "resume", "seed", "progress")
+_TRAINER = ("epochs", "precision", "channels_last", "compile", "ema", "clip_grad", "keep_every", "resume", "seed",
+            "progress")  # fmt: skip
 
 
 def train(out: str | Path, settings: TrainSettings | None = None, **options: Any) -> RunDirectory:
@@ -51,7 +52,7 @@ def train(out: str | Path, settings: TrainSettings | None = None, **options: Any
 
 def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None:
     """Build everything that the settings name, and train."""
-    splits = _splits(settings)
+    splits = load_splits(settings)
     net = check_fits(_model(settings, splits).to(device), splits.train[0][0], settings.data)
     method = _method(settings, net, splits)
     train_batches, val_batches = _loaders(settings, splits, device)
@@ -87,7 +88,15 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
     trainer.fit(train_batches, val_batches)
 
 
-def _splits(settings: TrainSettings) -> Splits:
+def load_splits(settings: TrainSettings) -> Splits:
+    """Read the data set of a run and cut its splits to those that the run trains, validates and tests on.
+
+    The same settings give the same samples, so that a run's own training images can be found again.
+
+    Raises:
+        FileNotFoundError: The data are not there.
+        ValueError: Settings that cannot be right.
+    """
     noise = None if settings.label_noise is None else (settings.label_noise, settings.label_noise_kind)
     splits = load_dataset(
         settings.data,
