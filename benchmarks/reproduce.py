@@ -174,7 +174,7 @@ STUDIES = {
         scales={
             "cpu": SMALL_NET
             | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5}
-            | {"steps": 3, "alpha": 4 / 255, "epochs": 40, "batch_size": 32},
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 30, "batch_size": 64, "augment": "none"},
             "gpu": GPU_NET
             | {"model": "cifar_resnet18", "val_fraction": 0.02}
             | {"steps": 10, "alpha": 2 / 255, "epochs": 200},
