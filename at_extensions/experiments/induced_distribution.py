@@ -101,7 +101,15 @@ def induced_distribution(
         raise ValueError(f"each seed may be given once, and one must be, got {seeds}")
     device = own_device() if settings.device is None else check_device(settings.device)
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
-    _check_schedule(settings)
+    with random_state_kept():
+        _check_schedule(settings)
+        return _experiment(run, settings, Path(out), seeds, device)
+
+
+def _experiment(
+    run: RunDirectory, settings: InducedDistributionSettings, out: Path, seeds: list[int], device: torch.device
+) -> InducedDistribution:
+    """Measure each (epoch, seed) that has no result yet; write the summary and the figure."""
     inputs = open_inputs(run, settings)
     experiment = _Experiment(inputs, settings, check_writable(out), device)
     cells = [(epoch, seed) for epoch in inputs.checkpoints for seed in seeds]
@@ -110,8 +118,8 @@ def induced_distribution(
     for epoch, seed in bar(todo, "checkpoint and seed", show=settings.progress):
         done[epoch, seed] = experiment.measure(epoch, seed)
     result = InducedDistribution(tuple(done.values()), experiment.shared)
-    write_json(Path(out) / "induced_distribution.json", result.to_dict())
-    save_png(induced_errors(result.to_dict()["rows"]), Path(out) / "induced_distribution.png")
+    write_json(out / "induced_distribution.json", result.to_dict())
+    save_png(induced_errors(result.to_dict()["rows"]), out / "induced_distribution.png")
     return result
 
 
@@ -218,18 +226,17 @@ class _Experiment:
         net = fresh_like(like, _draw(seed, _WEIGHTS)).train()
         loader = PerturbedLoader(train, settings.batch_size, seeded_generator(seed, _ORDER), device)
         optimizer = create_optimizer(net, lr=settings.lr, weight_decay=settings.weight_decay)
-        with random_state_kept():
-            reseed(_draw(seed, _DROPOUT))
-            trainer = Trainer(
-                Standard(net),
-                optimizer,
-                epochs=settings.net_epochs,
-                scheduler=_scheduler(settings, optimizer, len(loader)),
-                precision=settings.precision,
-                val_attack=False,
-                progress=False,
-            )
-            accuracy = trainer.fit(loader).rows[-1]["train_accuracy"]
+        reseed(_draw(seed, _DROPOUT))
+        trainer = Trainer(
+            Standard(net),
+            optimizer,
+            epochs=settings.net_epochs,
+            scheduler=_scheduler(settings, optimizer, len(loader)),
+            precision=settings.precision,
+            val_attack=False,
+            progress=False,
+        )
+        accuracy = trainer.fit(loader).rows[-1]["train_accuracy"]
         return NetError(correct_of(net.eval(), test, device), accuracy)
 
 

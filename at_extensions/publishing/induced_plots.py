@@ -26,6 +26,8 @@ def induced_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: ``InducedDistribution.to_dict()["rows"]``.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(4.2)
     left, right = figure.subplots(1, 2)
     for i, (name, label) in enumerate(_NETS.items()):
@@ -34,7 +36,7 @@ def induced_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
         _draw(left, found, label, hue_of(i))
     gaps = {row["epoch"]: row["gap"] for row in rows if row["gap"] is not None}
     if gaps:
-        left.plot(list(gaps), list(gaps.values()), "--", color=INK, label="robust gap of the run")
+        left.plot(list(gaps), list(gaps.values()), "--", marker="o", color=INK, label="robust gap of the run")
     for i, (name, label) in enumerate(_SETS.items()):
         found = []
         for row in rows:
@@ -46,6 +48,7 @@ def induced_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
     right.set(title="Local dispersion", xlabel="epoch of the checkpoint")
     right.set_ylim(bottom=0)
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     return figure
 
