@@ -77,14 +77,10 @@ def compare(
         step()
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    names, clock = list(steps), time.process_time if args.cpu_time else time.perf_counter
     for r in range(args.rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            times[name].append(
-                seconds(
-                    steps[name], torch.device(args.device), time.process_time if args.cpu_time else time.perf_counter
-                )
-            )
+            times[name].append(seconds(steps[name], args.device, clock))
     ratios = {
         name: [a / b for a, b in zip(t, times[references.get(name, "pgd")])]
         for name, t in times.items()
