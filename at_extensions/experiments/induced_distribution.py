@@ -49,8 +49,8 @@ def induced_distribution(
     frozen checkpoint theta_t (eval mode, true label, uniform random start, no augmentation, clipped to [0, 1]); a new
     network of the same architecture is trained by plain cross-entropy on the perturbed training images and tested on
     the perturbed test images. Its test error at the last epoch is the IDE error. The paper finds that it rises after
-    robust overfitting has set in, and reads it as a harder distribution. (Their code leaves the clipping to the networks,
-    which comes to the same but for pixels that reach 0 or 1 on the way.)
+    robust overfitting has set in, and reads it as a harder distribution. (Their code leaves the clipping to the
+    networks, which comes to the same but for pixels that reach 0 or 1 on the way.)
 
     **Ours are the controls.** theta_t was trained on the images whose perturbations form the training set, and not on
     the test images: after it has memorised the former, the two sets come from *different* operators, and a high IDE
