@@ -15,7 +15,15 @@ import logging
 import sys
 from pathlib import Path
 
-from at_extensions.experiments import Arm, Cell, RobustAccuracy, Study, random_labels_study, run_study
+from at_extensions.experiments import (
+    Arm,
+    Cell,
+    RobustAccuracy,
+    Study,
+    induced_distribution,
+    random_labels_study,
+    run_study,
+)
 from at_extensions.experiments.random_labels import write_figures
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import RunDirectory
@@ -37,6 +45,21 @@ def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
     """AutoAttack on the best and the last checkpoint, on a part of the test images on a CPU."""
     images = 300 if cell.scale == "cpu" else None
     return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("best", "last"))(run, cell)
+
+
+INDUCED = {  # the new networks of the induced distribution experiment; on a GPU those of the paper
+    "cpu": {"images": 2000, "test_images": 2000, "net_epochs": 15, "batch_size": 64, "starts": 5, "probe": 128},
+    "gpu": {"net_epochs": 99, "schedule": "step", "milestones": [60, 80], "precision": "bf16", "zero_start": True},
+}
+
+
+def induced(run: RunDirectory, cell: Cell) -> dict:
+    """The induced distribution experiment on every kept epoch; by themselves the errors at the last one."""
+    options = INDUCED[cell.scale] | {"seeds": [cell.seed], "progress": False}
+    found = induced_distribution(run, run.path / "induced", **options).to_dict()
+    last = found["rows"][-1]["nets"]
+    errors = {"ide_a": last["a"]["error"], "ide_b": last["b"]["error"], "clean": last["clean"]["error"]}
+    return errors | {"induced": found}
 
 
 CPU_NET = {"model": "cifar_resnet18", "model_options": {"width": 16}, "precision": "bf16"}
@@ -199,6 +222,23 @@ STUDIES = {
             "gpu": {"model": "wide_resnet_28_10", "precision": "bf16", "epochs": 300, "milestones": [100, 200]}
             | {"batch_size": 128, "steps": 10, "alpha": 2 / 255},
         },
+    ),
+    "induced_distribution": Study(
+        name="induced_distribution",
+        question="Are adversarial examples of an overfitted checkpoint harder to learn from, or only those of images "
+        "that it was trained on?",
+        arms={schedule: Arm(options) for schedule, options in SCHEDULES.items()},
+        common={"eps": EPS, "method": "pgd"},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 2000, "val_fraction": 0.005, "val_steps": 5, "augment": "none"}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 24, "batch_size": 64, "keep_every": 6},
+            "gpu": GPU_NET
+            | {"train_size": 24500, "val_fraction": 0.02}
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200, "keep_every": 20},
+        },
+        measure=induced,
+        pairs=(tuple(SCHEDULES),),
     ),
 }
 

@@ -177,6 +177,9 @@ def test_the_examples_of_help_run_one_after_the_other(shell, example):
         "experiment random-labels",
     ):
         shell(example(name))
+    half = example("train").replace("runs/digits", "runs/half").replace("--epochs 5", "--epochs 2")
+    shell(f"{half} --keep-every 1 --train-size 600")
+    shell(example("experiment induced-distribution"))
     assert example("analyze") == example("analyze criticality")
     assert example("") == example("demo")
 

@@ -118,6 +118,18 @@ def random_labels(settings: s.RandomLabelsSettings) -> int:
     return 1 if progress.failed else 0
 
 
+def induced_distribution(run: str, settings: s.InducedDistributionSettings) -> None:
+    """Train new networks on the adversarial examples of a run's kept epochs, with a held-out control; write JSON.
+
+    The run must have been trained with --keep-every, and with --train-size on a part of the data. Each finished epoch
+    is one file; run again, it goes on where it stopped.
+    """
+    from at_extensions.experiments import induced_distribution
+
+    print(induced_distribution(run, settings.out, settings))
+    print(f"results: {', '.join(str(path) for path in sorted(Path(settings.out).glob('induced_distribution.*')))}")
+
+
 def demo(settings: s.DemoSettings) -> None:
     """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
 
@@ -192,6 +204,17 @@ COMMANDS = {
         "--train-size 60",
         resumes=True,
     ),
+    "experiment induced-distribution": Command(
+        induced_distribution,
+        s.InducedDistributionSettings,
+        "experiment induced-distribution runs/half --out runs/induced --images 100 --net-epochs 2 --probe 10",
+        "run",
+        "A run directory with kept epochs.",
+        resumes=True,
+    ),
     "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),
 }
-GROUPS = {"analyze": "Measure a trained model.", "experiment": "Train models to learn something about training."}
+GROUPS = {
+    "analyze": "Measure a trained model.",
+    "experiment": "Train models to learn something about training.",
+}

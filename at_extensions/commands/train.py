@@ -19,7 +19,8 @@ from at_extensions.training.schedule import create_optimizer, create_scheduler, 
 from at_extensions.training.trainer import Trainer
 
 VAL_BATCH = 500
-_TRAINER = ("epochs", "precision", "channels_last", "compile", "ema", "clip_grad", "resume", "seed", "progress")
+_TRAINER = ("epochs", "precision", "channels_last", "compile", "ema", "clip_grad", "keep_every", "resume", "seed",
+            "progress")  # fmt: skip
 
 
 def train(out: str | Path, settings: TrainSettings | None = None, **options: Any) -> RunDirectory:

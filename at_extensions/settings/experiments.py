@@ -69,3 +69,36 @@ class RandomLabelsSettings(Settings):
     )
     threads: int | None = option(None, "CPU threads of this process; unchanged by default.", at_least=1)
     progress: bool = as_in_training("progress")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InducedDistributionSettings(Settings):
+    """Induced distribution experiment."""
+
+    out: str = option("runs/induced", "Folder for the results, one JSON file for each epoch and seed.")
+    epochs: list[int] | None = option(None, "Kept epochs to use; all of them by default.")
+    every: int | None = option(None, "Use the kept epochs that this number divides.", at_least=1)
+    holdout: float = option(
+        0.5, "Share of the training data that the run must have left out, to draw set B from.", above=0, below=1
+    )
+    images: int | None = option(None, "Images of A and of B at most; as many as there are by default.", at_least=1)
+    test_images: int | None = option(None, "Test images at most; all by default.", at_least=1)
+    eps: float | None = option(None, "Linf radius of the perturbations; the run's own by default.", norm="Linf")
+    alpha: float | None = option(None, "Step size of PGD; a quarter of the radius by default.", above=0)
+    steps: int = option(10, "Steps of PGD.", at_least=1)
+    zero_start: bool = option(False, "Also perturb A without a random start, as a control of dispersion 0.")
+    exact: bool = option(False, "Keep perturbed images in float32 instead of 8 bits a value.")
+    net_epochs: int = option(15, "Epochs of each new network.", at_least=1)
+    lr: float = option(0.1, "Its peak learning rate, of SGD with momentum 0.9.", above=0)
+    weight_decay: float = option(5e-4, "Its weight decay.", at_least=0)
+    batch_size: int = option(128, "Images a step.", at_least=1)
+    schedule: str = option("cosine", "cosine, step, onecycle or constant.")
+    milestones: list[int] | None = option(None, "Epochs after which a step schedule divides the rate by ten.")
+    precision: str = option("fp32", "Precision of the new networks' training: fp32 or bf16.", choices=("fp32", "bf16"))
+    starts: int = option(10, "Random starts an image behind the local dispersion.", at_least=2)
+    probe: int = option(512, "Images of each set to measure the local dispersion on.", at_least=2)
+    seeds: list[int] | None = option(None, "Seeds of new networks and random starts; 0 by default.")
+    data: str | None = option(None, "The run's data set, where it lies elsewhere on this machine.")
+    root: str | None = option(None, "Folder that holds the data set, where it is another one on this machine.")
+    device: str | None = option(None, "cpu, cuda, ...; a GPU where there is one by default.")
+    progress: bool = option(True, "Show progress: a bar on a terminal, else lines.")

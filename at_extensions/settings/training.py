@@ -93,6 +93,9 @@ class OptimSettings(Settings):
         None, "Decay of the weights' exponential moving average, such as 0.995; the average is then evaluated."
     )
     clip_grad: float | None = option(None, "Largest L2 norm of the gradient.")
+    keep_every: int | None = option(
+        None, "Keep the weights of every so-many-th epoch, beside the last and the best.", at_least=1
+    )
 
 
 _GROUPS = {"data": DataSettings, "method": MethodSettings, "training": OptimSettings}
