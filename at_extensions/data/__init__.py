@@ -1,5 +1,15 @@
 """Datasets, splits and loaders: named data sets, long tails, label noise, batches made on the device."""
 
+from at_extensions.data.carriers import (
+    INJECTIONS,
+    carrier_basis,
+    carriers,
+    count_outside,
+    inject,
+    injected_range,
+    low_pass,
+    remove_carriers,
+)
 from at_extensions.data.datasets import DATASETS, load_dataset, load_test
 from at_extensions.data.folder import FolderSplit
 from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
@@ -9,17 +19,25 @@ from at_extensions.data.split import ImageSplit, Splits
 
 __all__ = [
     "DATASETS",
+    "INJECTIONS",
     "NOISE_KINDS",
     "TAIL_KINDS",
     "BatchLoader",
     "FolderSplit",
     "ImageSplit",
     "Splits",
+    "carrier_basis",
+    "carriers",
     "corrupt_labels",
+    "count_outside",
     "frequency_groups",
+    "inject",
+    "injected_range",
     "is_long_tailed",
     "load_dataset",
     "load_test",
     "long_tail_counts",
+    "low_pass",
     "make_loader",
+    "remove_carriers",
 ]
