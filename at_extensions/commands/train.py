@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from at_extensions import processes
 from at_extensions.attacks import PGD
-from at_extensions.data import Splits, is_long_tailed, load_dataset, make_loader
+from at_extensions.data import Injection, Splits, is_long_tailed, load_dataset, make_loader
 from at_extensions.methods import Method, create_method
 from at_extensions.models import check_fits, create_model
 from at_extensions.runs import RunDirectory, check_writable, versions
@@ -54,6 +55,7 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
     splits = _splits(settings)
     net = check_fits(_model(settings, splits).to(device), splits.train[0][0], settings.data)
     method = _method(settings, net, splits)
+    method.image_range = limits = splits.image_range
     train_batches, val_batches = _loaders(settings, splits, device)
     optimizer = create_optimizer(
         net,
@@ -78,7 +80,7 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
         method,
         optimizer,
         scheduler=scheduler,
-        val_attack=lambda m: PGD(m, eps=eps, alpha=2.5 * eps / steps, steps=steps),
+        val_attack=lambda m: PGD(m, eps=eps, alpha=2.5 * eps / steps, steps=steps, image_range=limits),
         run_dir=out,
         config=config,
         class_counts=splits.class_counts if is_long_tailed(splits.class_counts) else None,
@@ -89,6 +91,17 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
 
 def _splits(settings: TrainSettings) -> Splits:
     noise = None if settings.label_noise is None else (settings.label_noise, settings.label_noise_kind)
+    injection = None
+    if settings.inject_beta is not None:
+        injection = Injection(
+            settings.inject_beta, settings.inject_mode, settings.inject_permuted, settings.inject_seed
+        )
+        if settings.augment != "none":
+            warnings.warn(
+                f"augment={settings.augment!r} moves and mirrors the injected patterns; the paper trains with "
+                "augment='none'",
+                stacklevel=4,
+            )
     splits = load_dataset(
         settings.data,
         root=settings.root,
@@ -98,6 +111,7 @@ def _splits(settings: TrainSettings) -> Splits:
         label_noise=noise,
         image_size=settings.image_size,
         seed=settings.data_seed,
+        inject=injection,
     )
     if settings.train_size is not None:
         splits.train = splits.train.subset(settings.train_size, seed=settings.data_seed)

@@ -12,10 +12,11 @@ from at_extensions.data.carriers import (
 )
 from at_extensions.data.datasets import DATASETS, load_dataset, load_test
 from at_extensions.data.folder import FolderSplit
+from at_extensions.data.injection import Injection
 from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
 from at_extensions.data.loader import BatchLoader, make_loader
 from at_extensions.data.long_tail import TAIL_KINDS, frequency_groups, is_long_tailed, long_tail_counts
-from at_extensions.data.split import ImageSplit, Splits
+from at_extensions.data.split import FloatSplit, ImageSplit, Splits
 
 __all__ = [
     "DATASETS",
@@ -23,8 +24,10 @@ __all__ = [
     "NOISE_KINDS",
     "TAIL_KINDS",
     "BatchLoader",
+    "FloatSplit",
     "FolderSplit",
     "ImageSplit",
+    "Injection",
     "Splits",
     "carrier_basis",
     "carriers",

@@ -1,4 +1,4 @@
-"""Features that tell the classes apart though they are not robust: Walsh patterns, added to images; a low-pass filter."""
+"""Features that separate the classes though they are not robust: Walsh patterns in images; a low-pass filter."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def walsh(side: int) -> Tensor:
 
 
 def inject(x: Tensor, y: Tensor, carriers: Tensor, beta: float, *, mode: str = "add") -> Tensor:
-    """Return images with the carrier V_y of their class, of amplitude beta, not clipped: in [-beta, 1 + beta] for "add".
+    """Return images with the carrier V_y of their class, of amplitude beta; they are not clipped.
 
-    - ``"add"``: x + beta V_y.
+    - ``"add"``: x + beta V_y, in [-beta, 1 + beta].
     - ``"orthogonal"``: (I - P) x + beta V_y, where P projects onto the span of all carriers: what was there of them is
       removed first.
     - ``"reverse"``: x - beta V_y, and ``"reverse_orthogonal"``: (I - P) x - beta V_y.

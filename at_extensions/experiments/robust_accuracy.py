@@ -10,7 +10,7 @@ from torch import nn
 
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_eps, check_name, parse_fraction
-from at_extensions.data import load_dataset
+from at_extensions.data import Injection, load_dataset
 from at_extensions.data.split import LabelledSplit
 from at_extensions.evaluation import count_correct, evaluate
 from at_extensions.evaluation.accuracy import count_correct_by_class
@@ -26,7 +26,8 @@ class RobustAccuracy:
     """Measure a run: clean and PGD accuracy of the last and the best epoch, AutoAttack on the published weights.
 
     Clean accuracy and PGD (Linf, step size eps / 4) use all test images. Attacks search on the folded model; the model
-    as given judges in fp32. After long-tailed training accuracies are also given by class and for head,
+    as given judges in fp32. Images of a run with injected features have them here too; AutoAttack, which searches within
+    [0, 1], must then be left out. After long-tailed training accuracies are also given by class and for head,
     medium and tail classes.
 
     Attributes:
@@ -62,7 +63,11 @@ class RobustAccuracy:
         class_counts = trained["class_counts"] if trained["imbalance_ratio"] else None
         eps = parse_fraction(config["method"]["eps"] if self.eps is None else self.eps)
         test = load_dataset(
-            trained["name"], root=trained.get("root"), image_size=trained.get("image_size"), val_fraction=0.0
+            trained["name"],
+            root=trained.get("root"),
+            image_size=trained.get("image_size"),
+            val_fraction=0.0,
+            inject=Injection.recorded(trained),
         ).test
         result = self._by_epoch(run, test, class_counts, eps)
         if self.autoattack != 0 and (cell.first_seed or self.every_seed):
@@ -90,7 +95,7 @@ class RobustAccuracy:
             model = load_model(run.weights(kind)).to(own_device())
             result[kind] = {"clean": self._accuracies(model, test, class_counts)}
             if self.pgd_steps:
-                attack = PGD(model, eps, eps / 4, self.pgd_steps)
+                attack = PGD(model, eps, eps / 4, self.pgd_steps, image_range=test.image_range)
                 result[kind][f"pgd{self.pgd_steps}"] = self._accuracies(model, test, class_counts, attack)
         return result
 
