@@ -2,6 +2,8 @@
 
 from at_extensions.experiments.cell import Cell
 from at_extensions.experiments.demo import demo
+from at_extensions.experiments.feature_injection import FeatureInjection, feature_injection, injection_study
+from at_extensions.experiments.injected_accuracy import InjectedAccuracy
 from at_extensions.experiments.robust_accuracy import RobustAccuracy
 from at_extensions.experiments.running import StudyProgress, run_study
 from at_extensions.experiments.study import Arm, Study
@@ -11,12 +13,16 @@ from at_extensions.intervals import PairedDifference, paired_bootstrap, paired_i
 __all__ = [
     "Arm",
     "Cell",
+    "FeatureInjection",
+    "InjectedAccuracy",
     "PairedDifference",
     "RobustAccuracy",
     "Study",
     "StudyProgress",
     "StudySummary",
     "demo",
+    "feature_injection",
+    "injection_study",
     "paired_bootstrap",
     "paired_interval",
     "run_study",

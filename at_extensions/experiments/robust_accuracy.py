@@ -26,8 +26,8 @@ class RobustAccuracy:
     """Measure a run: clean and PGD accuracy of the last and the best epoch, AutoAttack on the published weights.
 
     Clean accuracy and PGD (Linf, step size eps / 4) use all test images. Attacks search on the folded model; the model
-    as given judges in fp32. Images of a run with injected features have them here too; AutoAttack, which searches within
-    [0, 1], must then be left out. After long-tailed training accuracies are also given by class and for head,
+    as given judges in fp32. Images of a run with injected features have them here too; AutoAttack, which searches
+    within [0, 1], must then be left out. After long-tailed training accuracies are also given by class and for head,
     medium and tail classes.
 
     Attributes:
@@ -62,6 +62,11 @@ class RobustAccuracy:
         trained = config["data"]
         class_counts = trained["class_counts"] if trained["imbalance_ratio"] else None
         eps = parse_fraction(config["method"]["eps"] if self.eps is None else self.eps)
+        attacked = self.autoattack != 0 and (cell.first_seed or self.every_seed)
+        if attacked and trained.get("inject_beta") is not None:
+            raise ValueError(
+                "AutoAttack searches within [0, 1]; measure injected features by RobustAccuracy(autoattack=0)"
+            )
         test = load_dataset(
             trained["name"],
             root=trained.get("root"),
@@ -70,7 +75,7 @@ class RobustAccuracy:
             inject=Injection.recorded(trained),
         ).test
         result = self._by_epoch(run, test, class_counts, eps)
-        if self.autoattack != 0 and (cell.first_seed or self.every_seed):
+        if attacked:
             result["autoattack"] = evaluate(
                 load_model(run.published_weights()).to(own_device()),
                 test if self.autoattack is None else test.subset(self.autoattack),
