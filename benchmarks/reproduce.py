@@ -175,7 +175,7 @@ STUDIES = {
         scales={
             "cpu": SMALL_NET
             | {"precision": "fp32", "train_size": 2000, "batch_size": 64, "epochs": 15}
-            | {"val_fraction": 0.1, "val_steps": 10},
+            | {"val_fraction": 0.01, "val_steps": 5},
             "gpu": GPU_NET | {"batch_size": 128, "epochs": 30, "val_fraction": 0.02},
         },
         measure=injected,

@@ -91,17 +91,6 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
 
 def _splits(settings: TrainSettings) -> Splits:
     noise = None if settings.label_noise is None else (settings.label_noise, settings.label_noise_kind)
-    injection = None
-    if settings.inject_beta is not None:
-        injection = Injection(
-            settings.inject_beta, settings.inject_mode, settings.inject_permuted, settings.inject_seed
-        )
-        if settings.augment != "none":
-            warnings.warn(
-                f"augment={settings.augment!r} moves and mirrors the injected patterns; the paper trains with "
-                "augment='none'",
-                stacklevel=4,
-            )
     splits = load_dataset(
         settings.data,
         root=settings.root,
@@ -111,12 +100,22 @@ def _splits(settings: TrainSettings) -> Splits:
         label_noise=noise,
         image_size=settings.image_size,
         seed=settings.data_seed,
-        inject=injection,
     )
     if settings.train_size is not None:
         splits.train = splits.train.subset(settings.train_size, seed=settings.data_seed)
         splits.class_counts = splits.train.class_counts
-    return splits
+    return splits if settings.inject_beta is None else _injected(settings, splits)
+
+
+def _injected(settings: TrainSettings, splits: Splits) -> Splits:
+    """Return the data with features in all images; last of all, so that only images in use become floats."""
+    if settings.augment != "none":
+        warnings.warn(
+            f"augment={settings.augment!r} moves and mirrors the injected patterns; the paper trains with 'none'",
+            stacklevel=5,
+        )
+    injection = Injection(settings.inject_beta, settings.inject_mode, settings.inject_permuted, settings.inject_seed)
+    return injection.into(splits)
 
 
 def _model(settings: TrainSettings, splits: Splits) -> nn.Module:

@@ -70,19 +70,19 @@ def collapse_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -
     wide = min(4, len(runs))
     tall = -(-len(runs) // wide)
     figure = new_figure(0.7 + 2.1 * tall)
-    panels = figure.subplots(tall, wide, squeeze=False, sharex=True, sharey=True).flat
+    panels = figure.subplots(tall, wide, squeeze=False, sharey=True).flat
     for axes, (arm, histories) in zip(panels, runs.items()):
         for key, (hue, _) in _SERIES.items():
             for history in histories:
                 points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
                 axes.plot([x for x, _ in points], [y for _, y in points], color=hue, linewidth=1.2)
         axes.set_title(shorten(arm, 26), fontsize=8)
+        axes.set_xlabel("epoch", fontsize=9)
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         percent_axis(axes.yaxis)
     for axes in figure.axes[len(runs) :]:
         axes.set_visible(False)
-    figure.supxlabel("epoch", fontsize=9)
     handles = [Line2D([], [], color=hue, label=label) for hue, label in _SERIES.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
@@ -100,4 +100,4 @@ def _mark(axes: Axes, x: int, y: int, cell: Mapping[str, Any]) -> None:
 
 def _steps(value: float) -> str:
     """Return a radius in steps of 1/255."""
-    return f"{round(255 * value, 2):g}/255"
+    return "0" if value == 0 else f"{round(255 * value, 2):g}/255"
