@@ -130,7 +130,8 @@ def test_an_unknown_search_is_refused(net, make_images, label):
 
 
 def test_images_with_a_range_of_their_own_are_attacked_in_it(net, make_images, label):
-    model, x = net(), 2 * make_images(40) - 0.5
+    model, x = net(), 8 * make_images(40) - 3.5
+    x = x.clamp(-0.5, 1.5)
     y = label(model, x)
     limits = (-0.5, 1.5)
     split = FloatSplit(x, y, int(y.max()) + 1, image_range=limits)
