@@ -28,7 +28,7 @@ def test_the_map_has_a_colour_and_a_count_a_cell_and_frames_where_runs_collapsed
 
 def test_curves_are_a_line_a_run_and_quantity():
     rows = [[{"epoch": e, "train_accuracy": 0.1 * e, "val_robust_accuracy": 0.2} for e in (1, 2)] for _ in range(2)]
-    figure = collapse_plots.collapse_curves({"a": rows, "b": rows[:1] + [[{"epoch": 1, "train_accuracy": 0.7}]]})
+    figure = collapse_plots.collapse_curves({"a": rows, "b": [*rows[:1], [{"epoch": 1, "train_accuracy": 0.7}]]})
     a, b = (axes for axes in figure.axes if axes.get_visible())
     assert sorted(line.get_ydata().tolist() for line in a.lines) == [[0.1, 0.2], [0.1, 0.2], [0.2, 0.2], [0.2, 0.2]]
     assert [0.7] in [list(line.get_ydata()) for line in b.lines]
