@@ -39,6 +39,12 @@ def injected(run: RunDirectory, cell: Cell) -> dict:
     return measure(run, cell)
 
 
+def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
+    """AutoAttack on the best and the last checkpoint, on a part of the test images on a CPU."""
+    images = 300 if cell.scale == "cpu" else None
+    return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("best", "last"))(run, cell)
+
+
 CPU_NET = {"model": "cifar_resnet18", "model_options": {"width": 16}, "precision": "bf16"}
 SMALL_NET = CPU_NET | {"model_options": {"width": 8}}
 GPU_NET = {"model": "preact_resnet18", "precision": "bf16"}
@@ -74,6 +80,15 @@ MATCHED = [(name, lr * EFFECTIVE[name]) for lr in EFFECTIVE_RATES for name in OP
 def injection_arm(method: str, beta: int, **options) -> Arm:
     return Arm({"method": method, "inject_beta": beta / 255, **options})
 
+
+# robust overfitting: each remedy under a schedule that drops the rate, and under one that ends at 0
+REMEDIES = {
+    "pgd": {"method": "pgd"},
+    "te": {"method": "te"},
+    "ema": {"method": "pgd", "ema": 0.99},
+    "awp": {"method": "awp"},
+}
+SCHEDULES = {"piecewise": {"schedule": "step"}, "cyclic": {"schedule": "onecycle"}}
 
 STUDIES = {
     "baseline": Study(
@@ -159,6 +174,33 @@ STUDIES = {
                 *((effective * EFFECTIVE["deat"], effective * EFFECTIVE[other]) for effective in EFFECTIVE_RATES),
             ]
         ),
+    ),
+    "overfitting": Study(
+        name="overfitting",
+        question="How far does AutoAttack accuracy fall from the best to the last epoch of PGD-AT, and do temporal "
+        "ensembling, averaged weights or adversarial weight perturbation stop the fall, under either schedule?",
+        arms={
+            f"{remedy}_{schedule}": Arm(REMEDIES[remedy] | SCHEDULES[schedule])
+            for schedule in SCHEDULES
+            for remedy in REMEDIES
+        },
+        common={"eps": EPS},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 30, "batch_size": 64, "augment": "none"},
+            "gpu": GPU_NET
+            | {"model": "cifar_resnet18", "val_fraction": 0.02}
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200},
+        },
+        measure=both_checkpoints,
+        pairs=tuple(
+            (f"{remedy}_{schedule}", f"pgd_{schedule}")
+            for schedule in SCHEDULES
+            for remedy in REMEDIES
+            if remedy != "pgd"
+        )
+        + tuple((f"te_{schedule}", f"ema_{schedule}") for schedule in SCHEDULES),
     ),
     "feature_injection": Study(
         name="feature_injection",
