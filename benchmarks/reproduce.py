@@ -35,7 +35,7 @@ def measured(cpu: RobustAccuracy):
 
 def injected(run: RunDirectory, cell: Cell) -> dict:
     """Measure a run with injected features, on a part of the test images on a CPU."""
-    measure = InjectedAccuracy(20, 1000) if cell.scale == "cpu" else InjectedAccuracy(50)
+    measure = InjectedAccuracy(20, 500) if cell.scale == "cpu" else InjectedAccuracy(50)
     return measure(run, cell)
 
 
