@@ -15,8 +15,17 @@ import logging
 import sys
 from pathlib import Path
 
-from at_extensions.experiments import Arm, Cell, InjectedAccuracy, RobustAccuracy, Study, run_study
+from at_extensions.experiments import (
+    Arm,
+    Cell,
+    InjectedAccuracy,
+    RobustAccuracy,
+    Study,
+    random_labels_study,
+    run_study,
+)
 from at_extensions.experiments.feature_injection import table, write_collapses
+from at_extensions.experiments.random_labels import write_figures
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import RunDirectory
 
@@ -222,6 +231,17 @@ STUDIES = {
         },
         measure=injected,
     ),
+    "random_labels": random_labels_study(
+        rates=(0.0, 1.0),
+        common={"eps": EPS, "lr": 0.1, "schedule": "step", "weight_decay": 0.0, "augment": "none", "val_fraction": 0.0},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 1000, "batch_size": 64, "epochs": 40}
+            | {"steps": 3, "alpha": 4 / 255},
+            "gpu": {"model": "wide_resnet_28_10", "precision": "bf16", "epochs": 300, "milestones": [100, 200]}
+            | {"batch_size": 128, "steps": 10, "alpha": 2 / 255},
+        },
+    ),
 }
 
 
@@ -252,6 +272,8 @@ def main() -> int:
         command=f"python benchmarks/reproduce.py {args.study} --data {args.data} --scale {args.scale} "
         "--arms {arm} --seeds {seed}",
     )
+    if args.study == "random_labels":
+        write_figures(STUDIES[args.study], args.results / folder)
     print(progress)
     if args.study == "feature_injection" and progress.summary is not None:
         print(table(write_collapses(STUDIES[args.study], args.results / folder)))

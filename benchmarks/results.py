@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from results_page import learned, overfitting, speed
+from results_page import learned, memorisation, overfitting, speed
 
 FOLDER = Path(__file__).parent
 OPENING = """\
@@ -32,6 +32,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "REAT on long-tailed CIFAR-10": ("reat-cpu/*-seed*.json", learned.reat),
     "DEAT on CIFAR-10": ("deat-cpu/*-seed*.json", learned.deat),
     "Robust overfitting and its remedies": ("overfitting-cpu/*-seed*.json", overfitting.overfitting),
+    "Random labels": ("random_labels-cpu/*-seed*.json", memorisation.random_labels),
     "Does adversarial training make early and middle layers critical?": ("criticality_study/study.json",
                                                                          learned.criticality_study),
     "One training step": ("training_step_cpu/*.json", speed.training_step),

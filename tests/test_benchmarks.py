@@ -102,6 +102,48 @@ def test_the_results_page_names_a_file_that_lacks_its_figures(tmp_path):
         results.page(tmp_path)
 
 
+def random_labels_result(arm, seed, options, robust, share):
+    """A result of the study of random labels, as its measurement writes it."""
+    accuracies = {name: {"accuracy": value, "images": 1000} for name, value in (("clean", 0.9), ("pgd10", robust))}
+    noisy = {"flipped": accuracies, "corrected": accuracies} if arm.endswith("r1") else {}
+    return {
+        "study": "random_labels", "question": "Which?", "arm": arm, "seed": seed, "scale": "cpu", "options": options,
+        "command": f"python benchmarks/reproduce.py random_labels --arms {arm} --seeds {seed}",
+        "machine": {"device": "a CPU", "cores": 2, "threads": 1, "versions": {"torch": "2.14.1"}},
+        "flipped_share": 0.9 if noisy else 0.0, "instability_recomputed": 1.0, "instability_frozen": 1.0 - share,
+        "instability_attack": share, "last": {"train": accuracies, "test": accuracies} | noisy,
+    }  # fmt: skip
+
+
+def test_the_claims_on_random_labels_follow_their_files(tmp_path):
+    results = importlib.import_module("results")
+    study, folder = importlib.import_module("reproduce").STUDIES["random_labels"], tmp_path / "random_labels-cpu"
+    folder.mkdir()
+    robust, share = {"pgd": 0.1, "trades": 0.4, "standard": 0.0}, {"pgd": 0.5, "trades": 0.2, "standard": 0.0}
+
+    def page():
+        for cell in study.cells("cpu"):
+            method, jitter = cell.arm.partition("-")[0], 0.01 * cell.seed if cell.arm.startswith("pgd") else 0
+            row = random_labels_result(
+                cell.arm, cell.seed, cell.options, robust[method] + jitter, share[method] + jitter
+            )
+            (folder / f"{cell.name}.json").write_text(json.dumps(row))
+        return results.page(tmp_path)
+
+    claims = [line for line in page().splitlines() if "PGD-AT memorises" in line or "The attack makes" in line]
+    assert claims[0].endswith("| +29.0 (+26.5 to +31.5) | holds |")
+    assert claims[1].endswith("| +0.310 (+0.285 to +0.335) | holds |")
+    assert "PGD-3 in training" in page()
+    assert "| TRADES | 100 % | 1.000 | 0.800 | 0.200 |" in page()
+    robust["pgd"], share["pgd"] = 0.39, 0.1
+    claims = [line for line in page().splitlines() if "PGD-AT memorises" in line or "The attack makes" in line]
+    assert claims[0].endswith("| not decided at this scale |")
+    assert claims[1].endswith("| does not hold |")
+    for path in folder.glob("trades-*"):
+        path.unlink()
+    assert "PGD-AT memorises" not in results.page(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [(0.1, 0.2, "holds"), (-0.2, -0.1, "does not hold"), (-0.1, 0.2, "not decided at this scale")],

@@ -175,6 +175,7 @@ def test_the_examples_of_help_run_one_after_the_other(shell, example):
         "analyze dispersion",
         "analyze instability",
         "experiment feature-injection",
+        "experiment random-labels",
     ):
         shell(example(name))
     assert example("analyze") == example("analyze criticality")
@@ -248,6 +249,9 @@ def test_an_interruption_says_so_and_the_same_command_goes_on(tmp_path):
         ("analyze criticality --model RUN --data digits --device cuda", "device 'cuda' cannot be used here"),
         ("analyze criticality --model RUN --data digits --out FILE/out", "cannot write into FILE/out"),
         ("analyze criticality --model RUN --data npz:RGB", "does not take images of 3 x 8 x 8"),
+        ("experiment random-labels --out FILE/out", "cannot write into FILE/out"),
+        ("experiment random-labels --rates 0,1.5 --out OUT", "noise rate must"),
+        ("experiment random-labels --methods pgd,tradse --out OUT", "did you mean 'trades'"),
         ("demo --out FILE/demo", "cannot write into FILE/demo"),
         ("train --epochs 1", "out is missing"),
         ("train OUT --config FILE", "does not hold a mapping"),

@@ -104,6 +104,20 @@ def instability(settings: s.InstabilitySettings) -> None:
     print(f"results: {Path(settings.out) / 'instability.json'}, {Path(settings.out) / 'instability.png'}")
 
 
+def random_labels(settings: s.RandomLabelsSettings) -> int:
+    """Train on random labels by several methods, and measure what they memorise; write JSON and pictures.
+
+    Accuracy on right and on wrong training labels, clean and under PGD, and the instability of the training gradient
+    with the attack's share. Run again, it goes on where it stopped; several processes may share a folder.
+    """
+    from at_extensions.experiments.random_labels import random_labels
+
+    progress = random_labels(settings.out, settings)
+    found = [Path(settings.out) / name for name in ("summary.json", "memorisation.png", "instability.png")]
+    print(f"{progress}\nresults: {', '.join(str(path) for path in found if path.exists())}")
+    return 1 if progress.failed else 0
+
+
 def demo(settings: s.DemoSettings) -> None:
     """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
 
@@ -191,6 +205,13 @@ COMMANDS = {
         "--train-size 300 --test-size 50 --val-steps 2",
         "out",
         "The folder of results.",
+        resumes=True,
+    ),
+    "experiment random-labels": Command(
+        random_labels,
+        s.RandomLabelsSettings,
+        "experiment random-labels --data digits --methods pgd,trades --rates 0,1 --seeds 0 --eps 0.2 --epochs 1 "
+        "--train-size 60",
         resumes=True,
     ),
     "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),

@@ -10,7 +10,7 @@ from at_extensions.data.carriers import (
     low_pass,
     remove_carriers,
 )
-from at_extensions.data.datasets import DATASETS, load_dataset, load_test
+from at_extensions.data.datasets import DATASETS, load_dataset, load_test, with_label_noise
 from at_extensions.data.folder import FolderSplit
 from at_extensions.data.injection import Injection
 from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
@@ -43,4 +43,5 @@ __all__ = [
     "low_pass",
     "make_loader",
     "remove_carriers",
+    "with_label_noise",
 ]

@@ -4,6 +4,7 @@ from at_extensions.experiments.cell import Cell
 from at_extensions.experiments.demo import demo
 from at_extensions.experiments.feature_injection import FeatureInjection, feature_injection, injection_study
 from at_extensions.experiments.injected_accuracy import InjectedAccuracy
+from at_extensions.experiments.random_labels import Memorisation, random_labels, random_labels_study
 from at_extensions.experiments.robust_accuracy import RobustAccuracy
 from at_extensions.experiments.running import StudyProgress, run_study
 from at_extensions.experiments.study import Arm, Study
@@ -15,6 +16,7 @@ __all__ = [
     "Cell",
     "FeatureInjection",
     "InjectedAccuracy",
+    "Memorisation",
     "PairedDifference",
     "RobustAccuracy",
     "Study",
@@ -25,6 +27,8 @@ __all__ = [
     "injection_study",
     "paired_bootstrap",
     "paired_interval",
+    "random_labels",
+    "random_labels_study",
     "run_study",
     "summarise",
     "wilson_interval",

@@ -7,7 +7,7 @@ from at_extensions.settings.analysis import (
     MeasureSettings,
 )
 from at_extensions.settings.evaluation import EvaluateSettings, OwnModelSettings
-from at_extensions.settings.experiments import DemoSettings, InjectionSettings
+from at_extensions.settings.experiments import DemoSettings, InjectionSettings, RandomLabelsSettings
 from at_extensions.settings.publishing import (
     LeaderboardSettings,
     Paper,
@@ -41,6 +41,7 @@ __all__ = [
     "OwnModelSettings",
     "Paper",
     "PublishSettings",
+    "RandomLabelsSettings",
     "ReportSettings",
     "TrainSettings",
     "VerifySettings",
