@@ -18,12 +18,14 @@ from pathlib import Path
 from at_extensions.experiments import (
     Arm,
     Cell,
+    InjectedAccuracy,
     RobustAccuracy,
     Study,
     induced_distribution,
     random_labels_study,
     run_study,
 )
+from at_extensions.experiments.feature_injection import table, write_collapses
 from at_extensions.experiments.random_labels import write_figures
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import RunDirectory
@@ -39,6 +41,12 @@ def measured(cpu: RobustAccuracy):
         return (cpu if cell.scale == "cpu" else gpu)(run, cell)
 
     return measure
+
+
+def injected(run: RunDirectory, cell: Cell) -> dict:
+    """Measure a run with injected features, on a part of the test images on a CPU."""
+    measure = InjectedAccuracy(20, 500) if cell.scale == "cpu" else InjectedAccuracy(50)
+    return measure(run, cell)
 
 
 def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
@@ -90,6 +98,13 @@ RATES, EFFECTIVE_RATES = (0.1, 0.3), (0.3, 1.0)
 EFFECTIVE = {"sgd": 1.0, "momentum": 0.1, "deat": 5**0.5}  # nominal rate of each at an effective rate of 1
 NOMINAL = [(name, lr) for lr in RATES for name in OPTIMIZERS]
 MATCHED = [(name, lr * EFFECTIVE[name]) for lr in EFFECTIVE_RATES for name in OPTIMIZERS]
+
+# Injected features: amplitudes in steps of 1/255, at a radius that plain FGSM training survives
+
+
+def injection_arm(method: str, beta: int, **options) -> Arm:
+    return Arm({"method": method, "inject_beta": beta / 255, **options})
+
 
 # robust overfitting: each remedy under a schedule that drops the rate, and under one that ends at 0
 REMEDIES = {
@@ -212,6 +227,26 @@ STUDIES = {
         )
         + tuple((f"te_{schedule}", f"ema_{schedule}") for schedule in SCHEDULES),
     ),
+    "feature_injection": Study(
+        name="feature_injection",
+        question="Do features of the classes in CIFAR-10 images make FGSM training overfit catastrophically where "
+        "it does not without them, and do PGD-AT, N-FGSM and features drawn at random not?",
+        arms={
+            **{f"fgsm_beta{beta}": injection_arm("fgsm", beta) for beta in (0, 2, 4, 8, 16)},
+            "fgsm_beta8_permuted": injection_arm("fgsm", 8, inject_permuted=True),
+            "pgd_beta8": injection_arm("pgd", 8, steps=3, alpha=2 / 255),
+            "n_fgsm_beta8": injection_arm("n_fgsm", 8),
+        },
+        ablations={"pgd10_beta8": injection_arm("pgd", 8, steps=10, alpha=1 / 255)},
+        common={"eps": 4 / 255, "augment": "none", "lr": 0.2, "warmup": 0.5},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 2000, "batch_size": 64, "epochs": 15}
+            | {"val_fraction": 0.01, "val_steps": 5},
+            "gpu": GPU_NET | {"batch_size": 128, "epochs": 30, "val_fraction": 0.02},
+        },
+        measure=injected,
+    ),
     "random_labels": random_labels_study(
         rates=(0.0, 1.0),
         common={"eps": EPS, "lr": 0.1, "schedule": "step", "weight_decay": 0.0, "augment": "none", "val_fraction": 0.0},
@@ -273,6 +308,8 @@ def main() -> int:
     if args.study == "random_labels":
         write_figures(STUDIES[args.study], args.results / folder)
     print(progress)
+    if args.study == "feature_injection" and progress.summary is not None:
+        print(table(write_collapses(STUDIES[args.study], args.results / folder)))
     return 1 if progress.failed else 0
 
 

@@ -174,6 +174,7 @@ def test_the_examples_of_help_run_one_after_the_other(shell, example):
         "analyze criticality",
         "analyze dispersion",
         "analyze instability",
+        "experiment feature-injection",
         "experiment random-labels",
     ):
         shell(example(name))

@@ -140,6 +140,19 @@ def demo(settings: s.DemoSettings) -> None:
     print(f"report: {demo(settings)}")
 
 
+def feature_injection(out: str, settings: s.InjectionSettings) -> int:
+    """Inject features of the classes into all images, and see where training overfits catastrophically.
+
+    Ortiz-Jimenez et al. (2023): a grid of amplitudes, radii and methods over seeds, with a control. The folder gets a
+    JSON file a run, the rates with intervals, a map and curves. Run again, it goes on where it stopped.
+    """
+    from at_extensions.experiments.feature_injection import feature_injection
+
+    result = feature_injection(out, settings)
+    print(f"{result}\nresults: {', '.join(str(path) for path in result.files)}")
+    return 1 if result.progress.failed else 0
+
+
 @dataclass(frozen=True)
 class Command:
     """One command: its function, its settings and, for ``--help``, its argument and an example."""
@@ -196,6 +209,15 @@ COMMANDS = {
     ),
     "analyze instability": Command(
         instability, s.InstabilitySettings, "analyze instability --model runs/digits --data digits --eps 0.2"
+    ),
+    "experiment feature-injection": Command(
+        feature_injection,
+        s.InjectionSettings,
+        "experiment feature-injection runs/injection --data digits --eps 0.1 --betas 0,0.1 --seeds 0 --epochs 2 "
+        "--train-size 300 --test-size 50 --val-steps 2",
+        "out",
+        "The folder of results.",
+        resumes=True,
     ),
     "experiment random-labels": Command(
         random_labels,

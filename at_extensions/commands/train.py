@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from at_extensions import processes
 from at_extensions.attacks import PGD
-from at_extensions.data import Splits, is_long_tailed, load_dataset, make_loader, with_label_noise
+from at_extensions.data import Injection, Splits, is_long_tailed, load_dataset, make_loader, with_label_noise
 from at_extensions.methods import Method, create_method
 from at_extensions.models import check_fits, create_model
 from at_extensions.runs import RunDirectory, check_writable, versions
@@ -79,7 +80,7 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
         method,
         optimizer,
         scheduler=scheduler,
-        val_attack=lambda m: PGD(m, eps=eps, alpha=2.5 * eps / steps, steps=steps),
+        val_attack=lambda m: PGD(m, eps=eps, alpha=2.5 * eps / steps, steps=steps, image_range=method.image_range),
         run_dir=out,
         config=config,
         class_counts=splits.class_counts if is_long_tailed(splits.class_counts) else None,
@@ -89,7 +90,7 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
 
 
 def load_splits(settings: TrainSettings) -> Splits:
-    """Return the data of a run: read, split, cut to a tail, to ``train_size``, and last with its label noise.
+    """Return the data of a run: read, split, cut to a tail, to ``train_size``, with label noise and injected features.
 
     Runs that differ in label noise alone have the same images.
 
@@ -111,7 +112,18 @@ def load_splits(settings: TrainSettings) -> Splits:
         noise = settings.label_noise, settings.label_noise_kind
         splits.train = with_label_noise(splits.train, noise, settings.data_seed)
     splits.class_counts = splits.train.class_counts
-    return splits
+    return splits if settings.inject_beta is None else _injected(settings, splits)
+
+
+def _injected(settings: TrainSettings, splits: Splits) -> Splits:
+    """Return the data with features in all images; last of all, so that only images in use become floats."""
+    if settings.augment != "none":
+        warnings.warn(
+            f"augment={settings.augment!r} moves and mirrors the injected patterns; the paper trains with 'none'",
+            stacklevel=5,
+        )
+    injection = Injection(settings.inject_beta, settings.inject_mode, settings.inject_permuted, settings.inject_seed)
+    return injection.into(splits)
 
 
 def build_model(settings: TrainSettings, splits: Splits) -> nn.Module:
@@ -151,7 +163,9 @@ def build_method(settings: TrainSettings, net: nn.Module, splits: Splits) -> Met
     }
     if hasattr(splits.train, "__len__"):
         offered["num_samples"] = len(splits.train)
-    return create_method(settings.method, net, offered=offered, **options)
+    method = create_method(settings.method, net, offered=offered, **options)
+    method.image_range = splits.image_range
+    return method
 
 
 def _loaders(settings: TrainSettings, splits: Splits, device: torch.device):

@@ -7,7 +7,12 @@ from at_extensions.settings.analysis import (
     MeasureSettings,
 )
 from at_extensions.settings.evaluation import EvaluateSettings, OwnModelSettings
-from at_extensions.settings.experiments import DemoSettings, InducedDistributionSettings, RandomLabelsSettings
+from at_extensions.settings.experiments import (
+    DemoSettings,
+    InducedDistributionSettings,
+    InjectionSettings,
+    RandomLabelsSettings,
+)
 from at_extensions.settings.publishing import (
     LeaderboardSettings,
     Paper,
@@ -32,6 +37,7 @@ __all__ = [
     "DispersionSettings",
     "EvaluateSettings",
     "InducedDistributionSettings",
+    "InjectionSettings",
     "InstabilitySettings",
     "LeaderboardSettings",
     "MeasureSettings",

@@ -29,6 +29,52 @@ class DemoSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InjectionSettings(Settings):
+    """Experiment of injected features."""
+
+    data: str = option("digits", "Data set, as for training; images of even sides, in memory.")
+    root: str | None = option(None, "Folder that holds the data set, in torchvision's layout.")
+    val_fraction: float = option(0.1, "Share of the training data that is watched each epoch.", above=0, below=1)
+    train_size: int | None = option(None, "Train on that many images.", at_least=1)
+    test_size: int | None = option(None, "Measure on that many test images; all by default.", at_least=1)
+    betas: list[float] = option("0,2/255,4/255,8/255,16/255", "Amplitudes of the features; 0 trains without any.")
+    eps: list[float] = option("4/255", "Linf radii.")
+    methods: list[str] = option("fgsm", "Training methods: fgsm, rs_fgsm, n_fgsm, pgd, ...")
+    mode: str = option("add", "add, or orthogonal: what images hold of the patterns is removed first.",
+                       choices=("add", "orthogonal"))  # fmt: skip
+    control: bool = option(True, "Also train with patterns drawn at random for each image, whatever its class.")
+    seeds: list[int] = option("0,1,2", "One run of each arm a seed.")
+    model: str = option("small_cnn", "A name of at_extensions.list_models().")
+    model_options: dict | None = option(None, 'More options of the architecture, such as {"width": 16}.')
+    epochs: int = option(30, "Passes over the training data.", at_least=1)
+    batch_size: int = option(128, "Images a step.", at_least=1)
+    lr: float = option(0.2, "Peak learning rate of a one-cycle schedule.", at_least=0)
+    precision: str = option("fp32", "fp32 or bf16.", choices=("fp32", "bf16"))
+    pgd_steps: int = option(10, "Steps of the method pgd, of 2.5 eps / steps each.", at_least=1)
+    val_steps: int = option(10, "PGD steps of the validation attack.", at_least=1)
+    attack_steps: int = option(20, "PGD steps of the final measurement, of eps / 4 each.", at_least=1)
+    train_options: dict | None = option(None, 'More options of train, such as {"weight_decay": 0}.')
+    threads: int | None = option(None, "CPU threads; all by default.", at_least=1)
+    progress: bool = option(True, "Show progress: bars on a terminal, else lines.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from at_extensions.checks import check_count, check_eps
+
+        for name in ("betas", "eps", "methods", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must hold at least one value, each once, got {values}")
+        for beta in self.betas:
+            if beta != 0:
+                check_eps(beta, name="each of betas")
+        for eps in self.eps:
+            check_eps(eps, name="each of eps")
+        for seed in self.seeds:
+            check_count("each of seeds", seed, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomLabelsSettings(Settings):
     """Random labels."""
 

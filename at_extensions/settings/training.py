@@ -38,6 +38,28 @@ class DataSettings(Settings):
         None, "Train on that many images, as evenly over the classes as they allow.", at_least=1
     )
     data_seed: int = option(0, "Seed of the validation split, long tail and label noise.")
+    inject_beta: float | None = option(
+        None, "Amplitude, such as 8/255, of a pattern of the class in all images; see data.carriers."
+    )
+    inject_mode: str = option(
+        "add",
+        "add (x + beta V), orthogonal (all patterns are removed from x first), reverse or reverse_orthogonal (minus), "
+        "or carrier_only (on black).",
+        choices=("add", "orthogonal", "reverse", "reverse_orthogonal", "carrier_only"),
+    )
+    inject_permuted: bool = option(False, "Draw each image's pattern at random, whatever its class: a control.")
+    inject_seed: int = option(0, "Seed of those draws.", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inject_beta is None:
+            for name in ("inject_mode", "inject_permuted", "inject_seed"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} changes nothing without an amplitude; set inject_beta, such as 8/255")
+        elif self.inject_beta != 0:
+            from at_extensions.checks import check_eps
+
+            check_eps(self.inject_beta, name="inject_beta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +141,8 @@ class TrainSettings(OptimSettings, MethodSettings, ModelSettings, DataSettings):
         config = {name: {f.name: getattr(self, f.name) for f in fields(group)} for name, group in _GROUPS.items()}
         for name in ("data", "method"):
             config[name] = {"name": config[name].pop(name)} | config[name]
+        if self.inject_beta is None:
+            config["data"] = {key: value for key, value in config["data"].items() if not key.startswith("inject_")}
         return {"model": dict(recipe)} | config | {"seed": self.seed}
 
     @classmethod

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchattacks.attack import Attack
 
 from at_extensions import processes
-from at_extensions.attacks import validation_attack
+from at_extensions.attacks import set_range, validation_attack
 from at_extensions.checks import (
     check_class_counts,
     check_count,
@@ -175,6 +175,8 @@ class Trainer:
         """Bring the model into the form in which it is trained."""
         if self._val_attack is None and val is not None and self.method.attack is not None:
             self._val_attack = validation_attack(self.method.attack)(self.model)
+        if self._val_attack:
+            set_range(self._val_attack, self.method.image_range)
         if self.method.model.training:
             self._frozen = in_eval_mode(self.method.model)
         for observer in self.observers:
