@@ -76,12 +76,22 @@ def twice_differentiable(model: nn.Module) -> Iterator[nn.Module]:
     Args:
         model: The model.
     """
+    with uncompiled(model), sdpa_kernel(SDPBackend.MATH):
+        yield model
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a model's forward pass run without ``torch.compile``, and leave its compiled code for afterwards.
+
+    Args:
+        model: The model.
+    """
     compiled = [(m, vars(m).pop("_compiled_call_impl")) for m in model.modules() if "_compiled_call_impl" in vars(m)]
     wrapped = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
     stance = getattr(torch.compiler, "set_stance", None) if wrapped else None
-    eager = contextlib.nullcontext() if stance is None else stance("force_eager")
     try:
-        with eager, sdpa_kernel(SDPBackend.MATH):
+        with contextlib.nullcontext() if stance is None else stance("force_eager"):
             yield model
     finally:
         for module, call in compiled:

@@ -124,6 +124,7 @@ class Trainer:
         self._checkpoints = Checkpointer(run_dir, resume=resume, config=config)
         self._wrapped: nn.Module | None = None
         self._prepared, self._checked = False, False
+        self.val: Iterable | None = None
         self._events: list[dict] = []
         self._told = False
         self._asking: Observer | None = None
@@ -192,6 +193,7 @@ class Trainer:
             self._val_attack = validation_attack(self.method.attack)(self.model)
         if self.method.model.training:
             self._frozen = in_eval_mode(self.method.model)
+        self.val = val
         for observer in self.observers:
             observer.begin(self)
         if not self._prepared:

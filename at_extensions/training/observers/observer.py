@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ class Training(Protocol):
         ema: timm's ModelEmaV3, or None.
         observers: The observers.
         history: The metrics so far.
+        val: The batches of the validation, or None.
         rollbacks: How often it was rolled back.
     """
 
@@ -33,6 +34,7 @@ class Training(Protocol):
     ema: Any
     observers: list[Observer]
     history: History
+    val: Iterable | None
     rollbacks: int
 
 
