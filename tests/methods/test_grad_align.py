@@ -199,7 +199,7 @@ def test_tiny_gradients_neither_underflow_nor_leave_the_mean():
 
 
 def test_the_weight_follows_the_rule_and_the_attacks_present_eps():
-    for eps, expected in ((1, 0.0267), (4, 0.0632), (8, 0.2), (12, 0.632)):
+    for eps, expected in ((1, 0.0267), (4, 0.0632), (8, 0.2), (12, 0.632), (16, 2.0), (51, 2.0)):
         assert grad_align_weight(eps / 255) == pytest.approx(expected, rel=2e-3)
     method = GradAlign(fgsm(a_net(), eps=8 / 255))
     assert method.weight == pytest.approx(0.2)

@@ -21,7 +21,7 @@ from at_extensions.folding import count_steps
 from at_extensions.methods import Method, Step
 from at_extensions.training.observers.collapse_verdict import Verdict, count_right, first_images
 from at_extensions.training.observers.observer import Observer, RollBack, Stop, Training
-from at_extensions.training.observers.remedies import REMEDIES, check_treatable
+from at_extensions.training.observers.remedies import REMEDIES, check_treatable, escalated
 
 ACTIONS = ("warn", "stop", "rollback")
 """Answers to a collapse."""
@@ -49,9 +49,10 @@ class CollapseGuard(Observer):
       attack of several steps), or without validation under attack, it runs at each epoch's end.
 
     Action ``"rollback"`` goes back to the newest snapshot that is at least ``back`` steps old, never before the epoch's
-    beginning, and applies the remedy. A second collapse under ``"n_fgsm"`` or ``"grad_align"`` is answered by
-    ``"more_steps"``. A resumed run applies the remedies of the interrupted one again. Every event and its evidence is
-    in the row's ``events``: ``rollback``, ``stop``, ``warning``, and ``alarm`` for one that was not confirmed.
+    beginning, and applies the remedy; the best robust accuracy is counted anew from there. A second collapse under
+    ``"n_fgsm"`` or ``"grad_align"`` is answered by ``"more_steps"``. A resumed run applies the remedies of the
+    interrupted one again. Every event and its evidence is in the row's ``events``: ``rollback``, ``stop``, ``warning``,
+    and ``alarm`` for one that was not confirmed.
 
     Cost without alarm: two comparisons of logits with labels a step, and one reading of the device a window; with
     ``"rollback"`` a copy of the run's state a window, of which four are in memory. A confirmation costs 26 passes of
@@ -287,13 +288,17 @@ class CollapseGuard(Observer):
             tqdm.write(f"epoch {self._epoch}: {text}", file=sys.stderr)
 
     def _name(self) -> str:
-        return self.remedy if isinstance(self.remedy, str) else getattr(self.remedy, "__name__", "a function")
+        if isinstance(self.remedy, str):
+            return escalated(self.remedy, self._method)
+        return getattr(self.remedy, "__name__", "a function")
 
     def _treat(self, trainer: Training) -> None:
         """Apply the remedy."""
-        (REMEDIES[self.remedy] if isinstance(self.remedy, str) else self.remedy)(trainer)
-        self.applied.append(self._name())
+        name = self._name()
+        (REMEDIES[name] if isinstance(self.remedy, str) else self.remedy)(trainer)
+        self.applied.append(name)
         self._method = trainer.method
+        self._best, self._best_validated = 0.0, 0.0  # the state gone back to may have fallen below them already
         self._forget()
         if self._watches:
             trainer.method.keep_first_pass = True
@@ -341,14 +346,14 @@ class CollapseGuard(Observer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with another guard's memory, and apply the remedies that it applied and this one has not."""
+        for _ in range(len(state["applied"]) - len(self.applied)):
+            self._treat(self._trainer)
         self._counts, self._steps = state["counts"], state["steps"]
         if self._counts is not None and self._method is not None:
             self._counts = self._counts.to(self._device())
         self._best, self._best_validated, self._last_gap = state["best"], state["best_validated"], state["last_gap"]
         self._pause, self._paused = state["pauses"]
         self._reported, self._epoch, self._pending = state["reported"], state["epoch"], list(state["pending"])
-        for _ in range(len(state["applied"]) - len(self.applied)):
-            self._treat(self._trainer)
 
 
 ADVICE = (

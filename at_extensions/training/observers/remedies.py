@@ -8,24 +8,18 @@ import torchattacks
 
 from at_extensions.attacks import NFGSM, PGD, norm_of, radius_of
 from at_extensions.folding import count_steps
-from at_extensions.methods import GradAlign
+from at_extensions.methods import GradAlign, Method
 from at_extensions.training.observers.observer import Training
 
 
 def n_fgsm(trainer: Training) -> None:
-    """Attack by N-FGSM with the same eps; where it already does, by PGD of two steps."""
-    if isinstance(trainer.method.attack, NFGSM):
-        more_steps(trainer)
-    else:
-        trainer.method.attack = NFGSM(trainer.method.model, radius_of(trainer.method.attack))
+    """Attack by N-FGSM with the same eps."""
+    trainer.method.attack = NFGSM(trainer.method.model, radius_of(trainer.method.attack))
 
 
 def grad_align(trainer: Training) -> None:
-    """Put GradAlign around the method; where it already is, attack by PGD of two steps."""
-    if any(isinstance(module, GradAlign) for module in trainer.method.modules()):
-        more_steps(trainer)
-    else:
-        trainer.method = GradAlign(trainer.method)
+    """Put GradAlign around the method."""
+    trainer.method = GradAlign(trainer.method)
 
 
 def more_steps(trainer: Training) -> None:
@@ -53,6 +47,15 @@ REMEDIES: dict[str, Callable[[Training], None]] = {
     "lower_alpha": lower_alpha,
 }
 """The remedies by name."""
+
+
+def escalated(remedy: str, method: Method) -> str:
+    """Return the remedy for a method that may have had it already: then ``"more_steps"``, except for a lower alpha."""
+    has = {
+        "n_fgsm": isinstance(method.attack, NFGSM),
+        "grad_align": any(isinstance(module, GradAlign) for module in method.modules()),
+    }
+    return "more_steps" if has.get(remedy, False) else remedy
 
 
 def check_treatable(trainer: Training, remedy: str | Callable[[Training], None]) -> None:
