@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Convolutions": ("convolutions.json", speed.convolutions),
     "Speed of layer criticality": ("criticality.json", speed.criticality),
     "Cost of a REAT step": ("reat_cost_cpu.json", speed.reat_cost),
+    "Cost of the guard against collapse": ("guard_cost_cpu.json", speed.guard_cost),
     "Cost of a DEAT step": ("deat_cost.json", speed.deat_cost),
 }  # fmt: skip
 

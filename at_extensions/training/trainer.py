@@ -16,7 +16,7 @@ from torchattacks.attack import Attack
 from tqdm import tqdm
 
 from at_extensions import processes
-from at_extensions.analysis import overfitting
+from at_extensions.analysis import collapse, overfitting
 from at_extensions.attacks import validation_attack
 from at_extensions.checks import (
     check_class_counts,
@@ -172,7 +172,7 @@ class Trainer:
         return self.history
 
     def _tell_overfitting(self) -> None:
-        """Log it once when robust overfitting has set in, with the advice; only where progress is shown."""
+        """Log it once, where progress is shown, when robust or catastrophic overfitting has set in, with the advice."""
         measured = [row for row in self.history.rows if overfitting.KEY in row]
         attacked = self.method.attack is not None
         if (
@@ -181,8 +181,11 @@ class Trainer:
             or len(measured) < overfitting.FEWEST_EPOCHS
         ):
             return
-        found = overfitting.robust_overfitting(measured)
-        lasting = found.onset is not None and measured[-1]["epoch"] - found.onset >= 2  # one dip is noise
+        found = collapse.catastrophic_overfitting(measured)  # of which the advice is another
+        lasting = found.onset is not None
+        if not lasting:
+            found = overfitting.robust_overfitting(measured)
+            lasting = found.onset is not None and measured[-1]["epoch"] - found.onset >= 2  # one dip is noise
         if lasting:
             self._told = True
             tqdm.write(found.advice, file=sys.stderr)

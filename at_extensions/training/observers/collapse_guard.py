@@ -26,6 +26,7 @@ from at_extensions.training.observers.remedies import REMEDIES, check_treatable,
 ACTIONS = ("warn", "stop", "rollback")
 """Answers to a collapse."""
 
+_SKILL = 0.1  # of the way from guessing to certainty, below which equal accuracies are no alarm
 _LONGEST_PAUSE = 8  # windows without a confirmation, after alarms that were none
 
 
@@ -37,7 +38,7 @@ class CollapseGuard(Observer):
 
     - **Sentinel**, for single-step methods: accuracy on the training batches at the attack's start and at its end,
       which training computes anyway. The counts stay on the device and are read every ``window`` steps; an accuracy at
-      the end that is not below the one at the start is an alarm.
+      the end that is not below the one at the start, and is better than guessing, is an alarm.
     - **Confirmation**: the training attack and PGD-10 on fixed held-out images, in eval mode and without compiled code.
       Collapsed is a model whose accuracy under one step exceeds the one under PGD by more than ``gap``, or whose
       accuracy under PGD fell below ``fall`` times its best so far, by more than two standard errors. An alarm that is
@@ -129,7 +130,7 @@ class CollapseGuard(Observer):
         self._trainer: Training | None = None
         self._method: Method | None = None
         self._counts: Tensor | None = None  # right at the start, right at the end, images
-        self._steps = 0  # in this window
+        self._steps, self._classes = 0, 2  # steps in this window, classes of the logits
         self._best, self._best_validated, self._last_gap = 0.0, 0.0, 0.0
         self._pause, self._paused = 1, 0  # windows: of the next pause, left of this one
         self._reported = False
@@ -182,6 +183,7 @@ class CollapseGuard(Observer):
         first = method.first_pass
         if first is None or first.logits is None or len(first.logits) != len(y):
             return
+        self._classes = step.logits.shape[1]
         start, end = (logits.detach().argmax(1) == y for logits in (first.logits, step.logits))
         counts = torch.stack([start.sum(), end.sum(), torch.full_like(start.sum(), len(y))])
         self._counts = counts if self._counts is None else self._counts + counts
@@ -201,7 +203,7 @@ class CollapseGuard(Observer):
         accuracies = self._read()
         if accuracies is None:
             return self._confirm(model, {}) if alone else None
-        if not _alarming(accuracies):
+        if not self._alarming(accuracies):
             self._pause, self._paused = 1, 0
             return None
         if self._paused > 0:
@@ -220,7 +222,7 @@ class CollapseGuard(Observer):
             gap = row["train_accuracy"] - validated
             suspicious = validated < self.fall * self._best_validated
             suspicious |= gap > self.gap and gap > self._last_gap + 0.1
-        if accuracies is not None and _alarming(accuracies):
+        if self._alarming(accuracies):
             suspicious = True
         request = self._confirm(self._trainer.method.model, accuracies or {}) if suspicious else None
         if isinstance(request, RollBack):
@@ -246,6 +248,14 @@ class CollapseGuard(Observer):
         self._forget()
         return {"start_accuracy": start / images, "end_accuracy": end / images} if images else None
 
+    def _alarming(self, accuracies: dict[str, float] | None) -> bool:
+        """Whether training saw no adversarial examples; a network that still guesses loses nothing under attack."""
+        if not accuracies:
+            return False
+        guessing = 1 / self._classes
+        skilled = accuracies["end_accuracy"] > guessing + _SKILL * (1 - guessing)
+        return skilled and accuracies["end_accuracy"] >= accuracies["start_accuracy"]
+
     def _device(self) -> torch.device:
         return device_of(self._method.model)
 
@@ -261,7 +271,7 @@ class CollapseGuard(Observer):
         if not verdict.collapsed:
             self._reported = False
             self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-            if accuracies and _alarming(accuracies):
+            if self._alarming(accuracies):
                 self._note("alarm", verdict.reason, evidence)
             return None
         self._pause, self._paused = 1, 0
@@ -360,10 +370,6 @@ ADVICE = (
     "Go on from an earlier checkpoint with method n_fgsm or grad_align, more attack steps or a smaller alpha; "
     'CollapseGuard(action="rollback") does so by itself.'
 )
-
-
-def _alarming(accuracies: dict[str, float]) -> bool:
-    return accuracies["end_accuracy"] >= accuracies["start_accuracy"]
 
 
 def _check_attacked(method: Method, attack: Callable | None) -> None:
