@@ -328,7 +328,7 @@ def test_robust_overfitting_is_told_once_and_only_of_attacked_training(capsys, m
 
 def test_catastrophic_overfitting_is_told_apart_from_robust_overfitting(capsys, monkeypatch):
     values = iter([0.3, 0.5, 0.5, 0.02, 0.01, 0.0, 0.0])
-    monkeypatch.setattr(Trainer, "_validate", lambda self, val: {"val_robust_accuracy": next(values)})
+    monkeypatch.setattr(Trainer, "_validate", lambda *_: {"val_robust_accuracy": next(values), "train_accuracy": 0.5})
     model = a_model()
     x, y = a_split().tensors()
     method = PGDAT(model, eps=0.1, alpha=0.1, steps=1, start="zero")
