@@ -15,7 +15,16 @@ import logging
 import sys
 from pathlib import Path
 
-from at_extensions.experiments import Arm, Cell, RobustAccuracy, Study, run_study
+from at_extensions.experiments import (
+    Arm,
+    Cell,
+    RobustAccuracy,
+    Study,
+    induced_distribution,
+    random_labels_study,
+    run_study,
+)
+from at_extensions.experiments.random_labels import write_figures
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import RunDirectory
 
@@ -30,6 +39,27 @@ def measured(cpu: RobustAccuracy):
         return (cpu if cell.scale == "cpu" else gpu)(run, cell)
 
     return measure
+
+
+def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
+    """AutoAttack on the best and the last checkpoint, on a part of the test images on a CPU."""
+    images = 300 if cell.scale == "cpu" else None
+    return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("best", "last"))(run, cell)
+
+
+INDUCED = {  # the new networks of the induced distribution experiment; on a GPU those of the paper
+    "cpu": {"images": 2000, "test_images": 2000, "net_epochs": 15, "batch_size": 64, "starts": 5, "probe": 128},
+    "gpu": {"net_epochs": 99, "schedule": "step", "milestones": [60, 80], "precision": "bf16", "zero_start": True},
+}
+
+
+def induced(run: RunDirectory, cell: Cell) -> dict:
+    """The induced distribution experiment on every kept epoch; by themselves the errors at the last one."""
+    options = INDUCED[cell.scale] | {"seeds": [cell.seed], "progress": False}
+    found = induced_distribution(run, run.path / "induced", **options).to_dict()
+    last = found["rows"][-1]["nets"]
+    errors = {"ide_a": last["a"]["error"], "ide_b": last["b"]["error"], "clean": last["clean"]["error"]}
+    return errors | {"induced": found}
 
 
 CPU_NET = {"model": "cifar_resnet18", "model_options": {"width": 16}, "precision": "bf16"}
@@ -60,6 +90,15 @@ RATES, EFFECTIVE_RATES = (0.1, 0.3), (0.3, 1.0)
 EFFECTIVE = {"sgd": 1.0, "momentum": 0.1, "deat": 5**0.5}  # nominal rate of each at an effective rate of 1
 NOMINAL = [(name, lr) for lr in RATES for name in OPTIMIZERS]
 MATCHED = [(name, lr * EFFECTIVE[name]) for lr in EFFECTIVE_RATES for name in OPTIMIZERS]
+
+# robust overfitting: each remedy under a schedule that drops the rate, and under one that ends at 0
+REMEDIES = {
+    "pgd": {"method": "pgd"},
+    "te": {"method": "te"},
+    "ema": {"method": "pgd", "ema": 0.99},
+    "awp": {"method": "awp"},
+}
+SCHEDULES = {"piecewise": {"schedule": "step"}, "cyclic": {"schedule": "onecycle"}}
 
 STUDIES = {
     "baseline": Study(
@@ -146,6 +185,61 @@ STUDIES = {
             ]
         ),
     ),
+    "overfitting": Study(
+        name="overfitting",
+        question="How far does AutoAttack accuracy fall from the best to the last epoch of PGD-AT, and do temporal "
+        "ensembling, averaged weights or adversarial weight perturbation stop the fall, under either schedule?",
+        arms={
+            f"{remedy}_{schedule}": Arm(REMEDIES[remedy] | SCHEDULES[schedule])
+            for schedule in SCHEDULES
+            for remedy in REMEDIES
+        },
+        common={"eps": EPS},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 30, "batch_size": 64, "augment": "none"},
+            "gpu": GPU_NET
+            | {"model": "cifar_resnet18", "val_fraction": 0.02}
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200},
+        },
+        measure=both_checkpoints,
+        pairs=tuple(
+            (f"{remedy}_{schedule}", f"pgd_{schedule}")
+            for schedule in SCHEDULES
+            for remedy in REMEDIES
+            if remedy != "pgd"
+        )
+        + tuple((f"te_{schedule}", f"ema_{schedule}") for schedule in SCHEDULES),
+    ),
+    "random_labels": random_labels_study(
+        rates=(0.0, 1.0),
+        common={"eps": EPS, "lr": 0.1, "schedule": "step", "weight_decay": 0.0, "augment": "none", "val_fraction": 0.0},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 1000, "batch_size": 64, "epochs": 40}
+            | {"steps": 3, "alpha": 4 / 255},
+            "gpu": {"model": "wide_resnet_28_10", "precision": "bf16", "epochs": 300, "milestones": [100, 200]}
+            | {"batch_size": 128, "steps": 10, "alpha": 2 / 255},
+        },
+    ),
+    "induced_distribution": Study(
+        name="induced_distribution",
+        question="Are adversarial examples of an overfitted checkpoint harder to learn from, or only those of images "
+        "that it was trained on?",
+        arms={schedule: Arm(options) for schedule, options in SCHEDULES.items()},
+        common={"eps": EPS, "method": "pgd"},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 2000, "val_fraction": 0.005, "val_steps": 5, "augment": "none"}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 24, "batch_size": 64, "keep_every": 6},
+            "gpu": GPU_NET
+            | {"train_size": 24500, "val_fraction": 0.02}
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200, "keep_every": 20},
+        },
+        measure=induced,
+        pairs=(tuple(SCHEDULES),),
+    ),
 }
 
 
@@ -176,6 +270,8 @@ def main() -> int:
         command=f"python benchmarks/reproduce.py {args.study} --data {args.data} --scale {args.scale} "
         "--arms {arm} --seeds {seed}",
     )
+    if args.study == "random_labels":
+        write_figures(STUDIES[args.study], args.results / folder)
     print(progress)
     return 1 if progress.failed else 0
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from results_page import learned, speed
+from results_page import induced, learned, memorisation, overfitting, speed
 
 FOLDER = Path(__file__).parent
 OPENING = """\
@@ -31,15 +31,20 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Accuracy of the baseline": ("baseline-cpu/*-seed*.json", learned.baseline),
     "REAT on long-tailed CIFAR-10": ("reat-cpu/*-seed*.json", learned.reat),
     "DEAT on CIFAR-10": ("deat-cpu/*-seed*.json", learned.deat),
+    "Robust overfitting and its remedies": ("overfitting-cpu/*-seed*.json", overfitting.overfitting),
+    "Random labels": ("random_labels-cpu/*-seed*.json", memorisation.random_labels),
+    "Induced distributions: harder, or a mismatch?": ("induced_distribution-cpu/*-seed*.json", induced.induced),
     "Does adversarial training make early and middle layers critical?": ("criticality_study/study.json",
                                                                          learned.criticality_study),
     "One training step": ("training_step_cpu/*.json", speed.training_step),
     "Kernels of the twin": ("kernels/*.json", speed.kernels),
     "AutoAttack's speed": ("autoattack_speed/*.json", speed.autoattack_speed),
+    "PGD with restarts": ("restarts.json", speed.restarts),
     "Precision of the search": ("search_precision.json", speed.search_precision),
     "Convolutions": ("convolutions.json", speed.convolutions),
     "Speed of layer criticality": ("criticality.json", speed.criticality),
-    "Cost of a REAT step": ("reat_cost_cpu.json", speed.reat_cost),
+    "Cost of a REAT step": ("reat_cost_cpu.json", speed.step_cost("reat_cost")),
+    "Cost of temporal ensembling": ("te_cost_cpu.json", speed.step_cost("te_cost")),
     "Cost of the guard against collapse": ("guard_cost_cpu.json", speed.guard_cost),
     "Cost of a DEAT step": ("deat_cost.json", speed.deat_cost),
 }  # fmt: skip

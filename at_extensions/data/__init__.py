@@ -1,6 +1,6 @@
 """Datasets, splits and loaders: named data sets, long tails, label noise, batches made on the device."""
 
-from at_extensions.data.datasets import DATASETS, load_dataset, load_test
+from at_extensions.data.datasets import DATASETS, load_dataset, load_test, with_label_noise
 from at_extensions.data.folder import FolderSplit
 from at_extensions.data.label_noise import NOISE_KINDS, corrupt_labels
 from at_extensions.data.loader import BatchLoader, make_loader
@@ -22,4 +22,5 @@ __all__ = [
     "load_test",
     "long_tail_counts",
     "make_loader",
+    "with_label_noise",
 ]

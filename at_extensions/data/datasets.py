@@ -88,7 +88,7 @@ def load_dataset(
     if imbalance_ratio is not None:
         train = _cut_tail(train, imbalance_ratio, imbalance_kind, seed)
     if label_noise is not None:
-        train = _corrupt(train, label_noise, seed)
+        train = with_label_noise(train, label_noise, seed)
     return Splits(train, val, test, train.num_classes, train.class_counts, train.name)
 
 
@@ -244,7 +244,19 @@ def _cut_tail(train: LabelledSplit, ratio: float, kind: str, seed: int) -> Label
     return train.select(kept_samples(train.labels, counts, seeded_generator(seed, _TAIL)))
 
 
-def _corrupt(train: LabelledSplit, label_noise: float | Sequence, seed: int) -> LabelledSplit:
+def with_label_noise(train: LabelledSplit, label_noise: float | Sequence, seed: int) -> LabelledSplit:
+    """Return a split with labels redrawn at random; its ``clean_labels`` are those of the given one.
+
+    Of one seed, the labels that a rate redraws are among those that a larger rate redraws, and become the same.
+
+    Args:
+        train: The split.
+        label_noise: A rate in [0, 1], or ``(rate, kind)`` with the kinds of ``corrupt_labels``.
+        seed: Which labels are redrawn, and what they become.
+
+    Raises:
+        TypeError, ValueError: A rate or a kind that cannot be right.
+    """
     if isinstance(label_noise, (tuple, list)) and len(label_noise) != 2:
         raise ValueError(f"label_noise must be a rate or (rate, kind), got {label_noise!r}")
     rate, kind = label_noise if isinstance(label_noise, (tuple, list)) else (label_noise, "uniform")

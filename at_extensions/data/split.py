@@ -64,10 +64,24 @@ class LabelledSplit(Dataset):
         Raises:
             ValueError: There are fewer than ``n`` samples.
         """
+        return self.select(self._drawn(n, seed)[:n].sort().values)
+
+    def divide(self, n: int, seed: int = 0) -> tuple[LabelledSplit, LabelledSplit]:
+        """Return ``subset(n, seed)``, and the samples that it leaves, in order.
+
+        Raises:
+            ValueError: There are no more than ``n`` samples, so that none would be left.
+        """
+        if check_count("n", n) >= len(self):
+            raise ValueError(f"{n} samples of {self.name}, which has {len(self)}, leave none")
+        drawn = self._drawn(n, seed)
+        return self.select(drawn[:n].sort().values), self.select(drawn[n:].sort().values)
+
+    def _drawn(self, n: int, seed: int) -> Tensor:
+        """Return all indices (N,), shuffled so that the first ``n`` are spread evenly over the classes."""
         self._check_size(n)
         ranks = ranks_in_class(self.labels, self.num_classes, seeded_generator(seed))
-        dealt = torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
-        return self.select(dealt[:n].sort().values)
+        return torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
 
     def _check_size(self, n: int) -> int:
         if check_count("n", n) > len(self):

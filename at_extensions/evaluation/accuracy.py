@@ -78,6 +78,25 @@ def count_correct(
     return _count(model, data, labels, attack, batch_size, seed, search)[:2]
 
 
+def predictions(
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None = None,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    search: str | None = None,
+) -> Tensor:
+    """Return the predicted class of each sample, clean or under an attack against its label, as int64 (N,) on the CPU.
+
+    Arguments as in ``accuracy``.
+    """
+    found: list[Tensor] = []
+    _judge(model, data, labels, attack, batch_size, seed, search, lambda _, logits, y: found.append(logits.argmax(1)))
+    return torch.cat(found).cpu()
+
+
 def count_correct_by_class(
     model: nn.Module,
     data: Any,

@@ -18,7 +18,7 @@ from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.searching import search_model
 from at_extensions.evaluation.sequence import run_suite
 from at_extensions.evaluation.state import Batch, Store, state_digest
-from at_extensions.evaluation.suite import ATTACKS, VERSIONS, apply_version, make_attackers, settings
+from at_extensions.evaluation.suite import ATTACKS, OURS, VERSIONS, apply_version, make_attackers, settings
 from at_extensions.processes import sharing
 from at_extensions.progress import bar
 from at_extensions.runs import versions
@@ -60,9 +60,11 @@ def evaluate(
         labels: Class numbers (N,), for images in a tensor or array. Some classes may have no sample.
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
         eps: Radius: in (0, 1] for Linf (8/255, say), any positive number for L2 and L1.
-        version: AutoAttack's ``"standard"``, ``"plus"`` or ``"rand"``, or ``"custom"``.
+        version: AutoAttack's ``"standard"``, ``"plus"`` or ``"rand"``; ``"pgd-50-10"`` for PGD with 50 steps and ten
+            restarts (Linf and L2), the customary evaluation of single-step training; or ``"custom"``.
         attacks: For ``"custom"``: some of ``"apgd-ce"``, ``"apgd-dlr"``, ``"fab"``, ``"square"``, ``"apgd-t"``,
-            ``"fab-t"``, in the order in which they run, each with the standard version's settings.
+            ``"fab-t"``, ``"pgd-50-10"``, in the order in which they run, AutoAttack's with the settings of its standard
+            version.
         seed: Start of the random draws.
         batch_size: Samples a batch; None takes 250, fewer for images larger than 64 x 64.
         n_examples: Evaluate a random subset of this many, drawn by ``seed``; None takes all.
@@ -88,13 +90,13 @@ def evaluate(
     """
     eps = check_eps(eps, check_norm(norm))
     check_count("keep_examples", keep_examples, at_least=0)
-    attacks = _attack_names(check_name("version", version, VERSIONS), attacks)
+    attacks = _attack_names(check_name("version", version, VERSIONS), attacks, norm)
     device = device_of(_check_float32(check_model(model)))
     check_precision("precision", precision, device)
     samples = Samples(data, labels, n_examples=n_examples, seed=check_count("seed", seed, at_least=0))
     batch_size = default_batch_size(samples) if batch_size is None else check_count("batch_size", batch_size)
     attackers = make_attackers(None, norm, eps, device, only_verdicts=True)
-    apply_version(attackers, "standard" if version == "custom" else version, norm)
+    apply_version(attackers, "standard" if version in OURS else version, norm)
     with sharing(shard) as ranks, attacking(model):
         plan = Plan(
             model, model, samples, attackers, attacks, norm, eps, version,
@@ -134,9 +136,11 @@ def default_batch_size(samples: Samples) -> int:
     return max(1, min(250, 250 * 3 * 64 * 64 // images.numel()))
 
 
-def _attack_names(version: str, attacks: Sequence[str] | None) -> tuple[str, ...]:
+def _attack_names(version: str, attacks: Sequence[str] | None, norm: str) -> tuple[str, ...]:
     if (version == "custom") != (attacks is not None):
         raise ValueError('attacks= goes with version="custom", which needs it; the other versions have their own')
+    if norm == "L1" and "pgd-50-10" in (version, *(attacks or ())):
+        raise ValueError("pgd-50-10 is defined for Linf and L2, not for L1")
     if attacks is None:
         return VERSIONS[version]
     if isinstance(attacks, str) or not attacks or len(set(attacks)) < len(attacks):

@@ -16,7 +16,7 @@ from at_extensions.checks import check_labels, check_logits
 from at_extensions.evaluation.flags import Flag, Predict, Warnings
 from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.state import Batch, Store
-from at_extensions.evaluation.suite import GRADIENT_FREE, aimed
+from at_extensions.evaluation.suite import CROSS_ENTROPY, GRADIENT_FREE, aimed
 from at_extensions.evaluation.verification import fooled, margin
 from at_extensions.processes import Ranks
 
@@ -270,9 +270,9 @@ class BatchedAttacks:
         logits = self.search(x)
         again = (x_adv != x).flatten(1).any(1) | (logits.argmax(1) != y)
         if self.plan.precision != "fp32" and attack not in GRADIENT_FREE:
-            loss = margin if attack != "apgd-ce" else partial(cross_entropy, reduction="none")
+            loss = margin if attack not in CROSS_ENTROPY else partial(cross_entropy, reduction="none")
             again |= _vanishing_gradients(self.search, x, y, loss)
-            if attack == "apgd-ce":
+            if attack in CROSS_ENTROPY:
                 again |= (logits - self.plan.predict(x)).abs().amax(1) > 1
         return again & ~broken
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from at_extensions.checks import unknown_name
 from at_extensions.evaluation.attacks import apgd, square
 from at_extensions.evaluation.attacks.fab import FAB
+from at_extensions.evaluation.attacks.restarts import RestartedPGD
 from at_extensions.evaluation.flags import Flag
 from at_extensions.upstream import attack_module
 
@@ -20,14 +21,19 @@ VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
+    "pgd-50-10": ("pgd-50-10",),
     "custom": (),
 }
-"""The attacks of AutoAttack's versions, in the order they run."""
+"""The attacks of AutoAttack's versions, in the order they run; ``pgd-50-10`` is no version of AutoAttack's."""
 
-ATTACKS = VERSIONS["plus"]
+ATTACKS = (*VERSIONS["plus"], "pgd-50-10")
 """The names that a custom suite can be made of."""
 
+OURS = ("pgd-50-10", "custom")
+"""Versions that AutoAttack's ``set_version`` does not know."""
+
 GRADIENT_FREE = ("square",)
+CROSS_ENTROPY = ("apgd-ce", "pgd-50-10")
 
 
 @dataclass(eq=False)
@@ -117,6 +123,8 @@ def by_name(attackers: Any, names: Iterable[str], num_classes: int) -> dict[str,
             suite[name] = _changed(attackers.fab, targeted=True, n_restarts=1)
         elif name == "square":
             suite[name] = _changed(attackers.square)
+        elif name == "pgd-50-10":
+            suite[name] = RestartedPGD(None, norm=attackers.fab.norm, eps=attackers.fab.eps)
         else:
             raise unknown_name("attack", name, ATTACKS)
         if name in ("apgd-t", "fab-t"):

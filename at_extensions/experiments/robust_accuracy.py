@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_eps, check_name, parse_fraction
 from at_extensions.data import load_dataset
 from at_extensions.data.split import LabelledSplit
-from at_extensions.evaluation import count_correct, evaluate
+from at_extensions.evaluation import RobustnessReport, count_correct, evaluate
 from at_extensions.evaluation.accuracy import count_correct_by_class
 from at_extensions.experiments.cell import Cell
 from at_extensions.models import load_model
@@ -25,6 +26,8 @@ from at_extensions.training.metrics import by_frequency
 class RobustAccuracy:
     """Measure a run: clean and PGD accuracy of the last and the best epoch, AutoAttack on the published weights.
 
+    For robust overfitting, ``checkpoints=("best", "last")`` meets both with AutoAttack, on the same images.
+
     Clean accuracy and PGD (Linf, step size eps / 4) use all test images. Attacks search on the folded model; the model
     as given judges in fp32. After long-tailed training accuracies are also given by class and for head,
     medium and tail classes.
@@ -35,6 +38,9 @@ class RobustAccuracy:
         pgd_steps: Steps of PGD; 0 leaves it out.
         autoattack: Test images for standard AutoAttack, drawn evenly over the classes: 0 for none, None for all.
         every_seed: AutoAttack for every seed, not for the first one alone.
+        checkpoints: Checkpoints that AutoAttack meets, of ``"best"`` and ``"last"``; their results are then in their
+            places (``best/autoattack``), and with both of them ``best_minus_last`` is the fall of robust accuracy. None
+            attacks the published weights alone.
         precision: Precision in which AutoAttack searches, ``"fp32"`` or ``"bf16"``.
         pgd_precision: Precision in which PGD searches.
     """
@@ -43,6 +49,7 @@ class RobustAccuracy:
     pgd_steps: int = 20
     autoattack: int | None = 500
     every_seed: bool = False
+    checkpoints: tuple[str, ...] | None = None
     precision: str = "fp32"
     pgd_precision: str = "fp32"
 
@@ -52,6 +59,8 @@ class RobustAccuracy:
         check_count("pgd_steps", self.pgd_steps, at_least=0)
         if self.autoattack is not None:
             check_count("autoattack", self.autoattack, at_least=0)
+        for kind in self.checkpoints or ():
+            check_name("checkpoint", kind, KINDS)
         check_name("precision", self.precision, ("fp32", "bf16"))
         check_name("pgd_precision", self.pgd_precision, ("fp32", "bf16"))
 
@@ -66,15 +75,53 @@ class RobustAccuracy:
         ).test
         result = self._by_epoch(run, test, class_counts, eps)
         if self.autoattack != 0 and (cell.first_seed or self.every_seed):
-            result["autoattack"] = evaluate(
-                load_model(run.published_weights()).to(own_device()),
-                test if self.autoattack is None else test.subset(self.autoattack),
-                eps=eps,
-                state_dir=run.path / "autoattack_state",
-                class_counts=class_counts,
-                precision=self.precision,
-            ).to_dict()
+            images = test if self.autoattack is None else test.subset(self.autoattack)
+            if self.checkpoints is None:
+                found = self._attacked(
+                    run.published_weights(), images, class_counts, eps, run.path / "autoattack_state"
+                )
+                result["autoattack"] = found.to_dict()
+            else:
+                self._attack_checkpoints(run, images, class_counts, eps, result)
         return result
+
+    def _attack_checkpoints(
+        self, run: RunDirectory, images: LabelledSplit, class_counts: list[int] | None, eps: float, result: dict
+    ) -> None:
+        """Add AutoAttack's accuracy to the result of each checkpoint, and the fall from the best to the last one."""
+        attacked: list[str] = []
+        same = result.get("best") is result.get("last")
+        for kind in self.checkpoints:
+            if same and attacked:
+                result[kind] = result[attacked[0]]
+                continue
+            found = self._attacked(run.weights(kind), images, class_counts, eps, run.path / f"autoattack_state_{kind}")
+            result[kind] = result[kind] | {
+                "autoattack": {
+                    "correct": int(found.robust.sum()),
+                    "images": found.n_examples,
+                    "accuracy": found.robust_accuracy,
+                    "interval": list(found.interval),
+                    "robust": found.robust.tolist(),
+                    "seconds": found.seconds,
+                }
+            }
+            attacked.append(kind)
+        if set(self.checkpoints) == set(KINDS):
+            best, last = (result[kind]["autoattack"]["accuracy"] for kind in ("best", "last"))
+            result["best_minus_last"] = best - last
+
+    def _attacked(
+        self, weights: Path, images: LabelledSplit, class_counts: list[int] | None, eps: float, state_dir: Path
+    ) -> RobustnessReport:
+        return evaluate(
+            load_model(weights).to(own_device()),
+            images,
+            eps=eps,
+            state_dir=state_dir,
+            class_counts=class_counts,
+            precision=self.precision,
+        )
 
     def _by_epoch(
         self, run: RunDirectory, test: LabelledSplit, class_counts: list[int] | None, eps: float

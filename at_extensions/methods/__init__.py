@@ -8,7 +8,7 @@ from at_extensions.methods.mart import MART
 from at_extensions.methods.method import Method, Step, check_takes_loss
 from at_extensions.methods.pgd import PGDAT
 from at_extensions.methods.reat import REAT
-from at_extensions.methods.registry import create_method, list_methods
+from at_extensions.methods.registry import create_method, list_methods, method_options
 from at_extensions.methods.standard import Standard
 from at_extensions.methods.temporal_ensembling import TemporalEnsembling
 from at_extensions.methods.trades import TRADES
@@ -32,4 +32,5 @@ __all__ = [
     "create_method",
     "grad_align_weight",
     "list_methods",
+    "method_options",
 ]

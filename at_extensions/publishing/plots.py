@@ -104,7 +104,7 @@ def accuracy_bars(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.set(xlim=(0, 1.1), ylim=(len(reports) - 0.5, -0.5), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.grid(axis="y", visible=False)
     percent_axis(axes.xaxis)
-    colour_key(figure, {"clean accuracy": HUES[5], "robust accuracy (AutoAttack), with 95 % interval": HUES[0]})
+    colour_key(figure, {"clean accuracy": HUES[5], "robust accuracy, with 95 % interval": HUES[0]})
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,12 @@ def _threat(evaluation: Mapping[str, Any]) -> str:
     return f"{evaluation['norm']}, ε = {eps_fraction(evaluation['eps'], evaluation['norm'])}"
 
 
+def _attacks(evaluated: Iterable[Mapping[str, Any]]) -> str:
+    """Return the name of what the runs were attacked with."""
+    versions = {e.get("version", "standard") for e in evaluated}
+    return "PGD-50 with ten restarts" if versions == {"pgd-50-10"} else "AutoAttack"
+
+
 def _headline(evaluated: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the result in one sentence."""
     if not evaluated:
@@ -170,7 +176,7 @@ def _headline(evaluated: Mapping[str, Mapping[str, Any]]) -> str:
     ranked = sorted(evaluated, key=lambda label: evaluated[label]["robust_accuracy"], reverse=True)
     parts = [f"{name} keeps {100 * evaluated[name]['robust_accuracy']:.1f} %" for name in ranked]
     listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}"
-    return f"Under AutoAttack ({_threat(evaluated[ranked[0]])}), {listed} of the test images right."
+    return f"Under {_attacks(evaluated.values())} ({_threat(evaluated[ranked[0]])}), {listed} of the test images right."
 
 
 def _sweep(pages: Sequence[_Run]) -> list[SweepPoint]:
@@ -189,7 +195,7 @@ def _sweep_accuracy(pages: Sequence[_Run]) -> tuple[str, list[float | None]]:
     """Return the measure that all runs share, and its values: AutoAttack if all met the same, or validation."""
     attacked = [page.evaluation for page in pages if page.evaluation is not None]
     if len(attacked) == len(pages) and len({(_threat(e), e["n_examples"]) for e in attacked}) == 1:
-        return "robust accuracy (AutoAttack)", [e["robust_accuracy"] for e in attacked]
+        return f"robust accuracy ({_attacks(attacked)})", [e["robust_accuracy"] for e in attacked]
     return "robust accuracy (validation, last epoch)", [_last(p.history, "val_robust_accuracy") for p in pages]
 
 

@@ -37,8 +37,12 @@ class EvaluateSettings(OwnModelSettings):
 
     eps: float | None = option(None, "Radius, such as 8/255; the one that the run trained for by default.")
     norm: str = option("Linf", "Linf, L2 or L1.", choices=("Linf", "L2", "L1"))
-    version: str = option("standard", "standard, plus, rand, or custom with a list of attacks.")
-    attacks: list[str] | None = option(None, "For version custom: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.")
+    version: str = option(
+        "standard", "standard, plus, rand, pgd-50-10 (50 steps, ten restarts), or custom with a list of attacks."
+    )
+    attacks: list[str] | None = option(
+        None, "For version custom: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, pgd-50-10."
+    )
     n_examples: int | None = option(
         None, "Attack only that many test images, a random subset drawn by the seed; the report says so.", at_least=1
     )

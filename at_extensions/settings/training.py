@@ -103,6 +103,9 @@ class OptimSettings(Settings):
         "After a rollback: n_fgsm (the default), grad_align, more_steps or lower_alpha.",
         choices=("n_fgsm", "grad_align", "more_steps", "lower_alpha"),
     )
+    keep_every: int | None = option(
+        None, "Keep the weights of every so-many-th epoch, beside the last and the best.", at_least=1
+    )
 
 
 _GROUPS = {"data": DataSettings, "method": MethodSettings, "training": OptimSettings}

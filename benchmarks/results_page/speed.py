@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from results_page.words import goal, load, load_all, network, origin, percent, table
@@ -78,6 +79,19 @@ def convolutions(results: Path) -> str:
             [(name, *(times(shape, *column) for column in columns)) for name, shape in found["shapes"].items()],
         )
     )
+
+
+def restarts(results: Path) -> str:
+    found = load(results / "restarts.json")
+    seconds = found["seconds"]
+    return (
+        origin("python benchmarks/restarts.py CHECKPOINT --data npz:cifar10.npz", [found], f"Seed: {found['seed']}.")
+        + f"\n{found['what']}: {network(found['model'])} at eps {255 * found['eps']:.3g}/255, clean accuracy "
+        f"{percent(found['clean_accuracy'])}, robust accuracy {percent(found['robust_accuracy'])}. {goal(found)}\n\n"
+        + table(["plain loop", "`evaluate(version=\"pgd-50-10\")`", "times as fast", "verdicts that differ"],
+                [(f"{seconds['plain']:.0f} s", f"{seconds['ours']:.0f} s", f"{found['times_as_fast']:.2f}",
+                  found["verdicts_that_differ"])])
+    )  # fmt: skip
 
 
 def search_precision(results: Path) -> str:
@@ -184,17 +198,23 @@ def autoattack_speed(results: Path) -> str:
     )  # fmt: skip
 
 
-def reat_cost(results: Path) -> str:
-    found = load(results / "reat_cost_cpu.json")
-    lines = [(name, precision, row) for name, by in found["networks"].items() for precision, row in by.items()]
-    methods = list(dict.fromkeys(method for _, _, row in lines for method in row["times_pgd"]))
-    rows = [(f"`{name}`", precision, *(f"{row['times_pgd'][method]:.2f}" for method in methods))
-            for name, precision, row in lines]  # fmt: skip
-    return (
-        origin("python benchmarks/reat_cost.py", [found], f"Seed: {found['seed']}.")
-        + f"\n{found['what'][0].upper()}{found['what'][1:]}: times a PGD-AT step; `pgd_again` shows the noise. "
-        f"{goal(found)}\n\n" + table(["network", "precision", *methods], rows)
-    )
+def step_cost(program: str) -> Callable[[Path], str]:
+    """Return the writer of the section on a program that times whole steps of several methods."""
+
+    def write(results: Path) -> str:
+        found = load(results / f"{program}_cpu.json")
+        lines = [(name, precision, row) for name, by in found["networks"].items() for precision, row in by.items()]
+        methods = list(dict.fromkeys(method for _, _, row in lines for method in row["times_pgd"]))
+        rows = [(f"`{name}`", precision, *(f"{row['times_pgd'][method]:.2f}" for method in methods))
+                for name, precision, row in lines]  # fmt: skip
+        note = f" {found['note']}" if "note" in found else ""
+        return (
+            origin(f"python benchmarks/{program}.py", [found], f"Seed: {found['seed']}.")
+            + f"\n{found['what'][0].upper()}{found['what'][1:]}: times a PGD-AT step; `pgd_again` shows the noise."
+            f"{note} {goal(found)}\n\n" + table(["network", "precision", *methods], rows)
+        )
+
+    return write
 
 
 def guard_cost(results: Path) -> str:

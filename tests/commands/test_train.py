@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from at_extensions.commands.evaluate import evaluate_run
-from at_extensions.commands.train import train
+from at_extensions.commands.train import load_splits, train
 from at_extensions.methods import list_methods
 from at_extensions.models import load_model
 from at_extensions.runs import load_tensors
@@ -184,3 +184,18 @@ def test_the_guard_is_a_setting_and_a_run_of_before_resumes_without_it(tmp_path)
 def test_a_guard_that_cannot_work_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", **(QUICK | {"method": "fgsm"} | settings))
+
+
+def test_label_noise_comes_last_and_leaves_the_images(tmp_path):
+    clean, half, all_new = (
+        load_splits(TrainSettings(data="digits", train_size=200, label_noise=rate, imbalance_ratio=0.5, data_seed=3))
+        for rate in (None, 0.5, 1.0)
+    )
+    for noisy in (half, all_new):
+        assert torch.equal(noisy.train.images, clean.train.images)
+        assert torch.equal(noisy.train.clean_labels, clean.train.labels)
+        assert noisy.class_counts == torch.bincount(noisy.train.labels, minlength=10).tolist()
+        assert torch.equal(noisy.val.labels, clean.val.labels)
+    changed = half.train.labels != half.train.clean_labels
+    assert 40 < int(changed.sum()) < 140
+    assert torch.equal(half.train.labels[changed], all_new.train.labels[changed])

@@ -66,6 +66,15 @@ def test_a_subset_is_as_balanced_as_its_classes_allow(labels, data):
     for got, there in zip(subset.class_counts, split.class_counts):
         assert got >= min(there, most - 1)  # a class falls behind the fullest one only when it is used up
     assert numbers(split.subset(n, seed)) == chosen
+    if n < len(split):
+        drawn, left = split.divide(n, seed)
+        assert numbers(drawn) == chosen
+        assert numbers(left) == sorted(set(range(len(split))) - set(chosen))
+
+
+def test_a_split_is_not_divided_so_that_nothing_is_left():
+    with pytest.raises(ValueError, match="leave none"):
+        numbered([0, 1, 1]).divide(3)
 
 
 def test_a_select_carries_clean_labels_and_names():

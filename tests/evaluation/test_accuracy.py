@@ -6,7 +6,7 @@ import torchattacks
 from torch.utils.data import DataLoader, TensorDataset
 
 from at_extensions.attacks import PGD
-from at_extensions.evaluation import accuracy, count_correct
+from at_extensions.evaluation import accuracy, count_correct, predictions
 
 
 def test_every_kind_of_data_gives_the_same_count(net, make_images, label):
@@ -32,6 +32,19 @@ def test_accuracy_under_attack_is_that_of_a_slow_loop(net, make_images, label, k
     right = sum(int(model(attack(x[i : i + 1], y[i : i + 1])).argmax(1) == y[i]) for i in range(30))
     assert accuracy(model, x, y, attack=attack, batch_size=8) == right / 30
     assert 0 < right < 30
+
+
+def test_predictions_are_a_slow_loops_clean_and_attacked(net, make_images, label):
+    model, x = net().eval(), make_images(20)
+    y = label(model, x)
+    attack = PGD(model, eps=0.03, alpha=0.01, steps=5, start="zero")
+    slow = {None: [], attack: []}
+    for i in range(20):
+        slow[None].append(int(model(x[i : i + 1]).argmax()))
+        slow[attack].append(int(model(attack(x[i : i + 1], y[i : i + 1])).argmax()))
+    for given, expected in slow.items():
+        assert predictions(model, TensorDataset(x, y), attack=given, batch_size=7).tolist() == expected
+    assert slow[None] != slow[attack]
 
 
 def test_random_starts_are_seeded_and_differ_between_batches(net, make_images, label):

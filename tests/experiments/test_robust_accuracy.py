@@ -2,11 +2,15 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from at_extensions.commands.train import train
-from at_extensions.experiments import Arm, Cell, RobustAccuracy, Study, run_study
+from at_extensions.experiments import Arm, Cell, RobustAccuracy, Study, run_study, summary
+from at_extensions.models import load_model
+from at_extensions.runs import save_weights
 
 TINY = {"data": "digits", "epochs": 1, "train_size": 40, "batch_size": 20, "val_fraction": 0.1, "val_steps": 1}
 
@@ -55,9 +59,58 @@ def test_autoattack_meets_the_first_seed_alone(tmp_path, monkeypatch):
     assert attacked == [(20, 0.1, "bf16"), (30, 0.1, "fp32")]
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_autoattack_meets_best_and_last_on_the_same_images(tmp_path, monkeypatch, same):
+    from at_extensions.experiments import robust_accuracy
+
+    run = train(tmp_path / "run", progress=False, **TINY | {"eps": 0.1, "method": "standard"})
+    if not same:  # other weights, so that both are measured
+        model = load_model(run.weights("last"))
+        with torch.no_grad():
+            next(model.parameters()).mul_(-1)
+        save_weights(model, run.weights("best"))
+    attacked = []
+
+    def evaluate(model, data, **settings):
+        robust = torch.arange(20) < (12, 5)[len(attacked)]
+        attacked.append((data.labels.tolist(), settings["state_dir"]))
+        return SimpleNamespace(
+            robust=robust,
+            n_examples=20,
+            robust_accuracy=robust.double().mean().item(),
+            interval=(0.0, 1.0),
+            seconds=1.0,
+        )
+
+    monkeypatch.setattr(robust_accuracy, "evaluate", evaluate)
+    measure = RobustAccuracy(pgd_steps=0, autoattack=20, checkpoints=("best", "last"))
+    result = measure(run, Cell("a", 0, None, {}, True))
+    assert len(attacked) == len({state for _, state in attacked}) == (1 if same else 2)
+    assert attacked[0][0] == attacked[-1][0]
+    assert result["best"]["autoattack"]["accuracy"] == 0.6
+    assert result["last"]["autoattack"]["accuracy"] == (0.6 if same else 0.25)
+    assert result["best_minus_last"] == pytest.approx(0.0 if same else 0.35)
+    assert "autoattack" not in result
+    assert summary.numbers(result)["best/autoattack"] == 0.6
+
+
+def test_a_missing_best_checkpoint_is_named(tmp_path):
+    run = train(tmp_path / "run", progress=False, **TINY | {"eps": 0.1, "method": "standard", "val_fraction": 0.0})
+    with pytest.raises(FileNotFoundError, match="best"):
+        RobustAccuracy(pgd_steps=0, autoattack=20, checkpoints=("best",))(run, Cell("a", 0, None, {}, True))
+
+
 @pytest.mark.parametrize(
-    "change", [{"eps": 8}, {"eps": "8"}, {"pgd_steps": -1}, {"autoattack": -1}, {"precision": "fp16"}]
+    "change",
+    [
+        {"checkpoints": ("newest",)},
+        {"eps": 8},
+        {"eps": "8"},
+        {"pgd_steps": -1},
+        {"autoattack": -1},
+        {"precision": "fp16"},
+    ],
 )
 def test_a_measurement_that_cannot_be_right_is_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
+    with pytest.raises(ValueError, match=next(iter(change)).rstrip("s")):
         RobustAccuracy(**change)

@@ -9,7 +9,7 @@ import torchattacks
 from torch.nn import functional as F
 
 from at_extensions.attacks import PGD, RandomStream, perturb
-from at_extensions.methods import FGSMAT, PGDAT, Method, Standard, Step, create_method, list_methods
+from at_extensions.methods import FGSMAT, PGDAT, Method, Standard, Step, create_method, list_methods, method_options
 
 METHODS = {
     "pgd": lambda net, **options: PGDAT(net, eps=0.1, alpha=0.03, steps=3, **options),
@@ -242,6 +242,14 @@ def test_by_name_is_the_same_method(small_net, batch, name):
     options, make = BY_NAME[name]
     a, b = create_method(name, small_net(25), **options), make(small_net(25))
     assert torch.equal(a.perturb(images, labels), b.perturb(images, labels))
+
+
+def test_options_are_the_names_that_create_method_takes(small_net):
+    assert method_options("standard") == ["twin", "seed"]
+    assert {"eps", "alpha", "steps"} <= set(method_options("te"))
+    assert "steps" not in method_options("n_fgsm")
+    with pytest.raises(ValueError, match="did you mean 'pgd'"):
+        method_options("pdg")
 
 
 def test_what_is_offered_is_taken_where_it_fits_and_gives_way_to_what_is_asked(small_net):

@@ -16,7 +16,7 @@ from at_extensions.evaluation.samples import Samples
 from at_extensions.evaluation.sequence import run_suite
 from at_extensions.evaluation.served.state import EvaluationState
 from at_extensions.evaluation.state import Batch, Store
-from at_extensions.evaluation.suite import VERSIONS, apply_version, make_attackers
+from at_extensions.evaluation.suite import OURS, VERSIONS, apply_version, make_attackers
 from at_extensions.evaluation.verification import ORDER
 from at_extensions.untouched import frozen
 from at_extensions.upstream import attack_module
@@ -81,7 +81,7 @@ class AutoAttack:
 
     def set_version(self, version: str = "standard") -> None:
         """Give the attacks a version's settings, and choose those that the version runs."""
-        check_name("version", version, [name for name in VERSIONS if name != "custom"])
+        check_name("version", version, [name for name in VERSIONS if name not in OURS])
         self._log(f"setting parameters for {version} version")
         apply_version(self, version, self.norm)
         self.attacks_to_run = list(VERSIONS[version])
