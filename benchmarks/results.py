@@ -45,6 +45,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Speed of layer criticality": ("criticality.json", speed.criticality),
     "Cost of a REAT step": ("reat_cost_cpu.json", speed.step_cost("reat_cost")),
     "Cost of temporal ensembling": ("te_cost_cpu.json", speed.step_cost("te_cost")),
+    "Cost of the guard against collapse": ("guard_cost_cpu.json", speed.guard_cost),
     "Cost of a DEAT step": ("deat_cost.json", speed.deat_cost),
 }  # fmt: skip
 

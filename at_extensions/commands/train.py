@@ -16,6 +16,7 @@ from at_extensions.methods import Method, create_method
 from at_extensions.models import check_fits, create_model
 from at_extensions.runs import RunDirectory, check_writable, versions
 from at_extensions.settings import TrainSettings
+from at_extensions.training.observers import CollapseGuard
 from at_extensions.training.schedule import create_optimizer, create_scheduler, milestones_of
 from at_extensions.training.trainer import Trainer
 
@@ -84,9 +85,23 @@ def _fit(out: str | Path, settings: TrainSettings, device: torch.device) -> None
         run_dir=out,
         config=config,
         class_counts=splits.class_counts if is_long_tailed(splits.class_counts) else None,
+        observers=_guards(settings, splits),
         **{name: getattr(settings, name) for name in _TRAINER},
     )
     trainer.fit(train_batches, val_batches)
+
+
+def _guards(settings: TrainSettings, splits: Splits) -> list[CollapseGuard]:
+    """Return the guard against catastrophic overfitting, where one is asked for."""
+    if settings.guard is None:
+        if settings.guard_remedy is not None:
+            raise ValueError("guard_remedy follows a rollback; give guard=rollback with it")
+        return []
+    if settings.guard_remedy is not None and settings.guard != "rollback":
+        raise ValueError(f"guard_remedy follows a rollback; guard={settings.guard} has none")
+    if splits.val is None:
+        raise ValueError("the guard attacks held-out images; give val_fraction above 0")
+    return [CollapseGuard(action=settings.guard, remedy=settings.guard_remedy or "n_fgsm", seed=settings.seed)]
 
 
 def load_splits(settings: TrainSettings) -> Splits:

@@ -115,6 +115,16 @@ class OptimSettings(Settings):
         None, "Decay of the weights' exponential moving average, such as 0.995; the average is then evaluated."
     )
     clip_grad: float | None = option(None, "Largest L2 norm of the gradient.")
+    guard: str | None = option(
+        None,
+        "Against catastrophic overfitting: warn, stop, or rollback (go back within the epoch and on with the remedy).",
+        choices=("warn", "stop", "rollback"),
+    )
+    guard_remedy: str | None = option(
+        None,
+        "After a rollback: n_fgsm (the default), grad_align, more_steps or lower_alpha.",
+        choices=("n_fgsm", "grad_align", "more_steps", "lower_alpha"),
+    )
     keep_every: int | None = option(
         None, "Keep the weights of every so-many-th epoch, beside the last and the best.", at_least=1
     )

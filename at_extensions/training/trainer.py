@@ -125,6 +125,7 @@ class Trainer:
         self._checkpoints = Checkpointer(run_dir, resume=resume, config=config, keep_every=keep_every)
         self._wrapped: nn.Module | None = None
         self._prepared, self._checked = False, False
+        self.val: Iterable | None = None
         self._events: list[dict] = []
         self._overfitting = OverfittingNotice(show=progress and method.attack is not None)
         self._asking: Observer | None = None
@@ -179,6 +180,7 @@ class Trainer:
             set_range(self._val_attack, self.method.image_range)
         if self.method.model.training:
             self._frozen = in_eval_mode(self.method.model)
+        self.val = val
         for observer in self.observers:
             observer.begin(self)
         if not self._prepared:

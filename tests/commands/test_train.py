@@ -156,6 +156,39 @@ def test_methods_against_robust_overfitting_train_from_settings(tmp_path, method
         assert (table.sum(1) > 0).all()
 
 
+def test_the_guard_is_a_setting_and_a_run_of_before_resumes_without_it(tmp_path):
+    run = train(tmp_path / "run", method="fgsm", guard="rollback", guard_remedy="more_steps", **QUICK)
+    training = run.config()["training"]
+    assert (training["guard"], training["guard_remedy"]) == ("rollback", "more_steps")
+    assert "['CollapseGuard']" in str([name for name, _ in run.load_state()["observers"]])
+    assert train(tmp_path / "run", method="fgsm", guard="rollback", guard_remedy="more_steps", **QUICK).metrics()
+    with pytest.raises(ValueError, match="guard: rollback, now none"):
+        train(tmp_path / "run", method="fgsm", **QUICK)
+
+    old = train(tmp_path / "old", method="fgsm", **QUICK)
+    config = old.config()
+    for name in ("guard", "guard_remedy"):  # a version that knew no guard wrote it
+        del config["training"][name]
+    old.write_config(config)
+    assert len(train(tmp_path / "old", TrainSettings.from_config(config), resume=True).metrics()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guard": "pray"}, "guard"),
+        ({"guard": "rollback", "guard_remedy": "hope"}, "guard_remedy"),
+        ({"guard_remedy": "n_fgsm"}, "give guard=rollback with it"),
+        ({"guard": "warn", "guard_remedy": "n_fgsm"}, "guard=warn has none"),
+        ({"guard": "warn", "val_fraction": 0.0}, "give val_fraction above 0"),
+        ({"guard": "warn", "method": "standard"}, "no attack"),
+    ],
+)
+def test_a_guard_that_cannot_work_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **(QUICK | {"method": "fgsm"} | settings))
+
+
 def test_label_noise_comes_last_and_leaves_the_images(tmp_path):
     clean, half, all_new = (
         load_splits(TrainSettings(data="digits", train_size=200, label_noise=rate, imbalance_ratio=0.5, data_seed=3))
