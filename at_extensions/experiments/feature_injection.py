@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from at_extensions.checks import check_name, parse_fraction
-from at_extensions.experiments.injected_accuracy import InjectedAccuracy, Measurement
+from at_extensions.experiments.injected_accuracy import InjectedAccuracy
 from at_extensions.experiments.running import StudyProgress, run_study
 from at_extensions.experiments.study import Arm, Study
 from at_extensions.experiments.summary import read_results
@@ -80,8 +80,6 @@ class FeatureInjection:
 def feature_injection(
     out: str | Path,
     settings: InjectionSettings | None = None,
-    *,
-    also: Sequence[Measurement] = (),
     **options: Any,
 ) -> FeatureInjection:
     """Train on images with features of growing amplitude, and see where training overfits catastrophically.
@@ -94,7 +92,6 @@ def feature_injection(
         out: Folder of ``<arm>-seed<seed>.json``, ``summary.json``, ``collapse.json`` (rates with Wilson intervals),
             ``collapse.png``, ``curves.png`` and ``runs``.
         settings: The settings; their defaults if None.
-        also: More measurements of each run, as in ``InjectedAccuracy``.
         **options: Single settings by name (see ``InjectionSettings``).
 
     Returns:
@@ -108,7 +105,7 @@ def feature_injection(
     settings = InjectionSettings.of(settings, options)
     for method in settings.methods:
         check_name("method", method, list_methods())
-    study = injection_study(settings, also=also)
+    study = injection_study(settings)
     check_writable(out)
     local = {"progress": settings.progress} | ({} if settings.root is None else {"root": settings.root})
     progress = run_study(study, out, local=local, threads=settings.threads)
@@ -117,7 +114,7 @@ def feature_injection(
     return FeatureInjection(write_collapses(study, out), progress, collapse_files(out))
 
 
-def injection_study(settings: InjectionSettings, *, also: Sequence[Measurement] = ()) -> Study:
+def injection_study(settings: InjectionSettings) -> Study:
     """Return the grid of the experiment as a study: beta x eps x method, and the controls."""
     common = {name: getattr(settings, name) for name in _SHARED} | {"augment": "none", "inject_mode": settings.mode}
     arms = {}
@@ -133,7 +130,7 @@ def injection_study(settings: InjectionSettings, *, also: Sequence[Measurement] 
         arms=arms,
         common=common | (settings.train_options or {}),
         seeds=settings.seeds,
-        measure=InjectedAccuracy(settings.attack_steps, settings.test_size, also),
+        measure=InjectedAccuracy(settings.attack_steps, settings.test_size, settings.curvature_images),
     )
 
 

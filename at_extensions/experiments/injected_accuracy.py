@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from at_extensions.analysis import input_curvature
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, parse_fraction
 from at_extensions.data import FloatSplit, Injection, carriers, count_outside, inject, injected_range, load_dataset
@@ -32,8 +33,6 @@ _OPPOSITE = {
 }
 _TEST = 2  # the role of the test split in Injection.into_split
 
-Measurement = Callable[[nn.Module, LabelledSplit, float], dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class InjectedAccuracy:
@@ -42,6 +41,8 @@ class InjectedAccuracy:
     - ``injected``, ``uninjected``, ``reversed``: ``clean``, ``fgsm`` and ``pgd<steps>`` accuracy on the test images
       with the features of the run, without any, and with the opposite ones. PGD has steps of eps / 4.
     - ``carrier_only``: ``clean`` accuracy on K images, each class's pattern on black.
+    - ``input_curvature``: the largest magnitude of an eigenvalue of each injected image's input Hessian, on average
+      (``analysis.input_curvature``).
     - ``outside``: values of the injected test images outside [0, 1].
     - ``collapsed``: 1 after catastrophic overfitting, else 0: FGSM accuracy exceeds PGD accuracy by more than 0.3 on
       the injected images, or validation accuracy under attack ends below half of its best.
@@ -53,18 +54,18 @@ class InjectedAccuracy:
     Attributes:
         pgd_steps: Steps of PGD.
         test_size: Test images, as evenly over the classes as they allow; all if None.
-        also: More measurements on the injected test images: functions of the model, the split and eps that return a
-            dict, which is added to the result.
+        curvature_images: Injected test images behind the curvature; 0 leaves it out.
     """
 
     pgd_steps: int = 20
     test_size: int | None = None
-    also: Sequence[Measurement] = ()
+    curvature_images: int = 32
 
     def __post_init__(self) -> None:
         check_count("pgd_steps", self.pgd_steps)
         if self.test_size is not None:
             check_count("test_size", self.test_size)
+        check_count("curvature_images", self.curvature_images, at_least=0)
 
     def __call__(self, run: RunDirectory, cell: Cell) -> dict[str, Any]:
         """Return the measurement of a run."""
@@ -83,8 +84,9 @@ class InjectedAccuracy:
         values = injected.tensors()[0]
         outside = count_outside(values)
         result["outside"] = {"values": outside, "share": outside / values.numel()}
-        for measure in self.also:
-            result |= measure(model, injected, eps)
+        if self.curvature_images:
+            size = min(self.curvature_images, len(injected))
+            result["input_curvature"] = input_curvature(model, *injected.subset(size).tensors()).largest.mean().item()
         return result | self._verdict(result["injected"], run.metrics())
 
     def _accuracies(self, model: nn.Module, split: LabelledSplit, eps: float) -> dict[str, Any]:

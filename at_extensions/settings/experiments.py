@@ -53,6 +53,9 @@ class InjectionSettings(Settings):
     pgd_steps: int = option(10, "Steps of the method pgd, of 2.5 eps / steps each.", at_least=1)
     val_steps: int = option(10, "PGD steps of the validation attack.", at_least=1)
     attack_steps: int = option(20, "PGD steps of the final measurement, of eps / 4 each.", at_least=1)
+    curvature_images: int = option(
+        32, "Test images behind the curvature of the loss in the image; 0 leaves it out.", at_least=0
+    )
     train_options: dict | None = option(None, 'More options of train, such as {"weight_decay": 0}.')
     threads: int | None = option(None, "CPU threads; all by default.", at_least=1)
     progress: bool = option(True, "Show progress: bars on a terminal, else lines.")

@@ -1,6 +1,7 @@
 """The measurement of runs with injected features, on models of which the answers are known."""
 
 import pytest
+import torch
 from torch import nn
 
 from at_extensions import create_model
@@ -107,15 +108,23 @@ def test_the_epoch_of_a_collapse_is_the_first_below_half_of_the_best_before():
     assert collapse_epoch([]) is None
 
 
-def test_further_measurements_see_the_injected_images_and_eps(make):
-    def also(model, split, eps):
-        return {"seen": [type(model).__name__, len(split), eps, split.image_range[0] < 0]}
+def test_the_curvature_is_the_largest_eigenvalue_of_the_injected_images(make):
+    """Of a linear model W with probabilities p the input Hessian is W' (diag p - p p') W."""
+    model = Matched(0.02)
+    found = InjectedAccuracy(pgd_steps=1, test_size=30, curvature_images=3)(make(model, inject_beta=BETA), CELL)
+    test, weight = load_dataset("digits", val_fraction=0.0).test, model.weight.detach().double()
+    chosen = test.subset(30).subset(3)
+    images = inject(*chosen.tensors(), PATTERNS, BETA)
+    largest = []
+    for p in (images.flatten(1).double() @ weight.T).softmax(1):
+        hessian = weight.T @ (p.diag() - p.outer(p)) @ weight
+        largest.append(torch.linalg.eigvalsh(hessian).abs().max())
+    assert found["input_curvature"] == pytest.approx(torch.stack(largest).mean().item(), rel=1e-3)
+    without = InjectedAccuracy(pgd_steps=1, test_size=30, curvature_images=0)
+    assert "input_curvature" not in without(make(model, inject_beta=BETA), CELL)
 
-    found = InjectedAccuracy(pgd_steps=1, test_size=30, also=[also])(make(Matched(), inject_beta=BETA), CELL)
-    assert found["seen"] == ["Matched", 30, 0.01, True]
 
-
-@pytest.mark.parametrize("change", [{"pgd_steps": 0}, {"test_size": 0}])
+@pytest.mark.parametrize("change", [{"pgd_steps": 0}, {"test_size": 0}, {"curvature_images": -1}])
 def test_a_measurement_that_cannot_be_right_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         InjectedAccuracy(**change)

@@ -334,9 +334,9 @@ class CollapseGuard(Observer):
             )
         attack = self._method.attack
         _check_attacked(self._method, self.attack)
-        eps = radius_of(attack)
-        strong = PGD(model, eps, eps / 4, 10) if self.attack is None else self.attack(model)
-        one_step = attack if count_steps(attack) == 1 else PGD(model, eps, eps, 1, start="zero")
+        eps, limits = radius_of(attack), {"image_range": self._method.image_range}
+        strong = PGD(model, eps, eps / 4, 10, **limits) if self.attack is None else self.attack(model)
+        one_step = attack if count_steps(attack) == 1 else PGD(model, eps, eps, 1, start="zero", **limits)
         return one_step, strong
 
     def state_dict(self) -> dict[str, Any]:
