@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +74,12 @@ class GradientInstability:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as JSON takes it."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> GradientInstability:
+        """Return the result that ``to_dict`` turned into plain data."""
+        curves = {name: found[name] and Curve(**found[name]) for name in ("recomputed", "frozen")}
+        return cls(**{**found, **curves})
 
     def __repr__(self) -> str:
         head = f"GradientInstability: {self.direction} direction, lr {self.lr:g}, {self.n_images} images"

@@ -126,8 +126,10 @@ def induced_distribution(run: str, settings: s.InducedDistributionSettings) -> N
     """
     from at_extensions.experiments import induced_distribution
 
-    print(induced_distribution(run, settings.out, settings))
-    print(f"results: {', '.join(str(path) for path in sorted(Path(settings.out).glob('induced_distribution.*')))}")
+    out = Path(run) / "induced_distribution" if settings.out is None else Path(settings.out)
+    print(induced_distribution(run, out, settings))
+    print(f"results: {', '.join(str(path) for path in sorted(out.glob('induced_distribution.*')))}")
+    print(f"next: {shlex.join(['at-extensions', 'report', str(run)])}")
 
 
 def demo(settings: s.DemoSettings) -> None:
@@ -229,7 +231,7 @@ COMMANDS = {
     "experiment induced-distribution": Command(
         induced_distribution,
         s.InducedDistributionSettings,
-        "experiment induced-distribution runs/half --out runs/induced --images 100 --net-epochs 2 --probe 10",
+        "experiment induced-distribution runs/half --images 100 --net-epochs 2 --probe 10",
         "run",
         "A run directory with kept epochs.",
         resumes=True,

@@ -14,16 +14,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchattacks.attack import Attack
 
-from at_extensions.attacks import (
-    Loss,
-    RandomStream,
-    attacking,
-    check_attack,
-    first_pass,
-    perturb,
-    range_of,
-    set_range,
-)
+from at_extensions import attacks
+from at_extensions.attacks import Loss, RandomStream, attacking, check_attack, first_pass, perturb
 from at_extensions.checks import check_logits, check_model, check_name, check_range
 from at_extensions.folding import FoldedTwin, TwinChoice, count_steps, fold_batchnorm, refreshed
 from at_extensions.methods._guard import BatchGuard, check_kinds
@@ -106,7 +98,7 @@ class Method(nn.Module):
         self.model = _check_raw(model)
         self.attack = None if attack is None else check_attack(attack, model)
         if attack is not None:
-            self._guard.limits = range_of(attack)
+            self._guard.limits = attacks.range_of(attack)
         self.batchnorm = check_name("batchnorm", batchnorm, BATCHNORM)
         self.stream = RandomStream(seed)
         self.keep_first_pass, self.first_pass = False, None
@@ -193,7 +185,7 @@ class Method(nn.Module):
     def image_range(self, limits: tuple[float, float]) -> None:
         limits = check_range(limits)
         if self.attack is not None:
-            set_range(self.attack, limits)
+            attacks.set_range(self.attack, limits)
         self._guard.limits = limits
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None, *, loss: Loss | None = None) -> Tensor:
@@ -262,7 +254,7 @@ class Method(nn.Module):
             y: Class numbers (B,).
             loss: Loss to maximise instead of cross-entropy, for attacks that take one: logits to a scalar or (B,).
         """
-        set_range(self.attack, self.image_range)  # the attack may have been exchanged
+        attacks.set_range(self.attack, self.image_range)  # the attack may have been exchanged
         recorded = first_pass(self.attack) if self.keep_first_pass else contextlib.nullcontext()
         turn = self._choice.turn(x, count_steps(self.attack), self._step_twin)
         with self._one_step(), recorded as self.first_pass, turn as twin:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from at_extensions.analysis.collapse import CatastrophicOverfitting, catastrophic_overfitting
 from at_extensions.analysis.overfitting import FEWEST_EPOCHS, KEY, RobustOverfitting, robust_overfitting
 from at_extensions.publishing import figures, plots, sweep_plots
+from at_extensions.publishing.measurements import measurements
 from at_extensions.publishing.model_info import eps_fraction
 from at_extensions.publishing.pages import compact_yaml, render
 from at_extensions.publishing.reproduction import evaluate_command, train_command
@@ -127,6 +128,7 @@ def write_report(
         correlations=rank_correlations(points),
         sweep_accuracy=_sweep_accuracy(pages)[0],
         triples=_triples(pages, class_names),
+        measured=[found for i, (r, p) in enumerate(zip(runs, pages)) for found in measurements(r.path, p.label, i)],
         command=command or "\n".join(_commands(pages)),
         attacks=plots.attacks_of({label: e for label, e in evaluated.items() if e.get("after_attack")}),
         has_groups=any(e.get("groups") for e in evaluated.values()),

@@ -124,7 +124,11 @@ class RandomLabelsSettings(Settings):
 class InducedDistributionSettings(Settings):
     """Induced distribution experiment."""
 
-    out: str = option("runs/induced", "Folder for the results, one JSON file for each epoch and seed.")
+    out: str | None = option(
+        None,
+        "Folder for the results, one JSON file for each epoch and seed; induced_distribution in RUN by default, from "
+        "where the run's report shows them.",
+    )
     epochs: list[int] | None = option(None, "Kept epochs to use; all of them by default.")
     every: int | None = option(None, "Use the kept epochs that this number divides.", at_least=1)
     holdout: float = option(
