@@ -55,8 +55,14 @@ def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
     return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("best", "last"))(run, cell)
 
 
+def last_checkpoint(run: RunDirectory, cell: Cell) -> dict:
+    """AutoAttack on the last checkpoint, on a part of the test images on a CPU."""
+    images = 300 if cell.scale == "cpu" else None
+    return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("last",))(run, cell)
+
+
 INDUCED = {  # the new networks of the induced distribution experiment; on a GPU those of the paper
-    "cpu": {"images": 2000, "test_images": 2000, "net_epochs": 15, "batch_size": 64, "starts": 5, "probe": 128},
+    "cpu": {"images": 1000, "test_images": 1000, "net_epochs": 15, "batch_size": 32, "starts": 5, "probe": 64},
     "gpu": {"net_epochs": 99, "schedule": "step", "milestones": [60, 80], "precision": "bf16", "zero_start": True},
 }
 
@@ -64,7 +70,7 @@ INDUCED = {  # the new networks of the induced distribution experiment; on a GPU
 def induced(run: RunDirectory, cell: Cell) -> dict:
     """The induced distribution experiment on every kept epoch; by themselves the errors at the last one."""
     options = INDUCED[cell.scale] | {"seeds": [cell.seed], "progress": False}
-    found = induced_distribution(run, run.path / "induced", **options).to_dict()
+    found = induced_distribution(run, run.path / "induced_distribution", **options).to_dict()
     last = found["rows"][-1]["nets"]
     errors = {"ide_a": last["a"]["error"], "ide_b": last["b"]["error"], "clean": last["clean"]["error"]}
     return errors | {"induced": found}
@@ -236,6 +242,7 @@ STUDIES = {
             "fgsm_beta8_permuted": injection_arm("fgsm", 8, inject_permuted=True),
             "pgd_beta8": injection_arm("pgd", 8, steps=3, alpha=2 / 255),
             "n_fgsm_beta8": injection_arm("n_fgsm", 8),
+            "grad_align_beta8": injection_arm("grad_align", 8),
         },
         ablations={"pgd10_beta8": injection_arm("pgd", 8, steps=10, alpha=1 / 255)},
         common={"eps": 4 / 255, "augment": "none", "lr": 0.2, "warmup": 0.5},
@@ -247,12 +254,29 @@ STUDIES = {
         },
         measure=injected,
     ),
+    "collapse_guard": Study(
+        name="collapse_guard",
+        question="Does the guard keep RS-FGSM at 16/255 robust, where it collapses without?",
+        arms={
+            "unguarded": Arm({}),
+            "guarded": Arm({"guard": "rollback", "guard_remedy": "n_fgsm"}),
+        },
+        common={"eps": 16 / 255, "method": "rs_fgsm", "lr": 0.2, "warmup": 0.3},
+        scales={
+            "cpu": CPU_NET
+            | {"precision": "fp32", "train_size": 4000, "batch_size": 64, "epochs": 16, "augment": "none"}
+            | {"val_fraction": 0.01, "val_steps": 5},
+            "gpu": GPU_NET | {"epochs": 30, "val_fraction": 0.02},
+        },
+        measure=last_checkpoint,
+        pairs=(("guarded", "unguarded"),),
+    ),
     "random_labels": random_labels_study(
         rates=(0.0, 1.0),
         common={"eps": EPS, "lr": 0.1, "schedule": "step", "weight_decay": 0.0, "augment": "none", "val_fraction": 0.0},
         scales={
             "cpu": SMALL_NET
-            | {"precision": "fp32", "train_size": 1000, "batch_size": 64, "epochs": 40}
+            | {"precision": "fp32", "train_size": 500, "batch_size": 32, "epochs": 30}
             | {"steps": 3, "alpha": 4 / 255},
             "gpu": {"model": "wide_resnet_28_10", "precision": "bf16", "epochs": 300, "milestones": [100, 200]}
             | {"batch_size": 128, "steps": 10, "alpha": 2 / 255},
@@ -266,8 +290,8 @@ STUDIES = {
         common={"eps": EPS, "method": "pgd"},
         scales={
             "cpu": SMALL_NET
-            | {"precision": "fp32", "train_size": 2000, "val_fraction": 0.005, "val_steps": 5, "augment": "none"}
-            | {"steps": 3, "alpha": 4 / 255, "epochs": 24, "batch_size": 64, "keep_every": 6},
+            | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5, "augment": "none"}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 24, "batch_size": 32, "keep_every": 12},
             "gpu": GPU_NET
             | {"train_size": 24500, "val_fraction": 0.02}
             | {"steps": 10, "alpha": 2 / 255, "epochs": 200, "keep_every": 20},

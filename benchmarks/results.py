@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from results_page import induced, learned, memorisation, overfitting, speed
+from results_page import collapse, induced, learned, memorisation, overfitting, speed
 
 FOLDER = Path(__file__).parent
 OPENING = """\
@@ -34,6 +34,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Robust overfitting and its remedies": ("overfitting-cpu/*-seed*.json", overfitting.overfitting),
     "Random labels": ("random_labels-cpu/*-seed*.json", memorisation.random_labels),
     "Induced distributions: harder, or a mismatch?": ("induced_distribution-cpu/*-seed*.json", induced.induced),
+    "Do injected features induce catastrophic overfitting?": ("feature_injection-cpu/*-seed*.json",
+                                                              collapse.feature_injection),
+    "A guard against catastrophic overfitting": ("collapse_guard-cpu/*-seed*.json", collapse.collapse_guard),
     "Does adversarial training make early and middle layers critical?": ("criticality_study/study.json",
                                                                          learned.criticality_study),
     "One training step": ("training_step_cpu/*.json", speed.training_step),
