@@ -291,7 +291,7 @@ STUDIES = {
         scales={
             "cpu": SMALL_NET
             | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5, "augment": "none"}
-            | {"steps": 3, "alpha": 4 / 255, "epochs": 24, "batch_size": 32, "keep_every": 12},
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 40, "batch_size": 64, "keep_every": 20},
             "gpu": GPU_NET
             | {"train_size": 24500, "val_fraction": 0.02}
             | {"steps": 10, "alpha": 2 / 255, "epochs": 200, "keep_every": 20},
