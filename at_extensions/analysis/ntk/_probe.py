@@ -1,8 +1,7 @@
-"""One pass on a few samples: the layers whose gradients follow from their inputs and outputs, and the memory of a pass."""
+"""One pass on a few samples: layers whose gradients follow from inputs and outputs, and the memory of a pass."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +94,8 @@ def candidates(model: nn.Module, chosen: Sequence[str]) -> dict[str, nn.Module]:
 def probe(network: Network, samples: Tensor, outputs: int | str, chosen: Sequence[str]) -> Probe:
     """Compare, parameter by parameter, captured gradients with ordinary ones.
 
-    With random weights v over samples and u over outputs, sum_i v_i J_i, formed layer by layer from one backward pass of
-    u . f, must be the gradient of sum_i v_i u . f(x_i). A parameter for which it is not is left to ``torch.func``.
+    With random weights v over samples and u over outputs, sum_i v_i J_i, formed layer by layer from one backward pass
+    of u . f, must be the gradient of sum_i v_i u . f(x_i). A parameter for which it is not is left to ``torch.func``.
 
     Args:
         network: The network in eval mode.
@@ -108,19 +107,18 @@ def probe(network: Network, samples: Tensor, outputs: int | str, chosen: Sequenc
         TypeError: The outputs are not a tensor.
         ValueError: The outputs are not (B, K), have no such class, are not finite, or depend on other images.
     """
-    with torch.no_grad():
-        alone = network(samples[:1].clone())
-    found = resolve_outputs(outputs, alone)
     n, modules = len(samples), candidates(network.model, chosen)
+    alone, calls_alone = network.record(samples[:1], modules)
+    found = resolve_outputs(outputs, alone.detach() if isinstance(alone, Tensor) else alone)
     leaves = {name: network.weights[name].detach().requires_grad_() for name in chosen}
     saved = _Saved(network.weights.values())
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         logits, calls = network.record(samples, modules, leaves)
-    _check_independent(logits, alone, n)
+    _check_independent(logits.detach(), alone.detach(), n)
     ordinary, captured = _both(logits, calls, leaves, found)
     own = {id(p): name for name, p in network.model.named_parameters()}
     layers, explained = [], set()
-    for name in dict.fromkeys(call.layer for call in calls):
+    for name in _with_samples_first(calls, calls_alone, n):
         names = {k: own[id(p)] for k, p in modules[name]._parameters.items() if p is not None}
         ours = [(call, d) for call, d in zip(calls, captured) if call.layer == name]
         sums = _weighted_sums(modules[name], ours, n)
@@ -141,6 +139,15 @@ def probe(network: Network, samples: Tensor, outputs: int | str, chosen: Sequenc
         gradients=-(-sum(call.shape.numel() * call.x.itemsize for call in calls) // n),
         largest=-(-max([samples.nbytes, *sizes]) // n),
     )
+
+
+def _with_samples_first(calls: Sequence[Call], alone: Sequence[Call], n: int) -> list[str]:
+    """Return the layers whose inputs' leading dimension grows with the batch, as in those of one sample alone."""
+    names = list(dict.fromkeys(call.layer for call in calls))
+    shapes = {
+        name: [(n * c.x.shape[0], *c.x.shape[1:]) for c in alone if c.layer == name and c.x.ndim] for name in names
+    }
+    return [name for name in names if shapes[name] == [tuple(c.x.shape) for c in calls if c.layer == name]]
 
 
 def signature(calls: Sequence[Call], batch: int) -> dict[str, tuple]:
@@ -179,8 +186,8 @@ def _check_independent(logits: Tensor, alone: Tensor, n: int) -> None:
     moved, scale = (logits[:1] - alone).abs().max(), logits.abs().max()
     if moved > torch.finfo(logits.dtype).eps ** 0.5 * scale:
         raise ValueError(
-            "an image's outputs depend on the other images of its batch, or on chance; a kernel needs a function of one "
-            "image (BatchNorm with running statistics, no sampling in eval mode)"
+            "an image's outputs depend on the other images of its batch, or on chance; a kernel needs a function of "
+            "one image (BatchNorm with running statistics, no sampling in eval mode)"
         )
 
 
@@ -249,9 +256,6 @@ def _agree(ordinary: Tensor | None, captured: Tensor, size: Tensor) -> bool:
 def _layer(name: str, module: nn.Module, names: dict[str, str], calls: Sequence[Call], n: int) -> Layer:
     if isinstance(module, NORMS):
         return Layer(name, module, names)
-    shaped = list(
-        itertools.starmap(lambda x, window: (tuple(x.shape[1:]), window), (pixels(module, c, n) for c in calls))
-    )
-    sides, windows = zip(*shaped)
-    positions = sum(w.side(s[1], 0) * w.side(s[2], 1) for s, w in shaped)
-    return Layer(name, module, names, sides, windows, positions)
+    inputs, windows = zip(*(pixels(module, call, n) for call in calls))
+    positions = sum(w.side(x.shape[2], 0) * w.side(x.shape[3], 1) for x, w in zip(inputs, windows))
+    return Layer(name, module, names, tuple(tuple(x.shape[1:]) for x in inputs), windows, positions)

@@ -80,7 +80,7 @@ def top_eigenvalue_mass(kernel: Tensor, k: int = 10) -> float:
 def kernel_target_alignment(kernel: Tensor, labels: Tensor, *, centred: bool = False) -> float:
     """Return the alignment of a kernel with Y Y^T, <K, Y Y^T>_F / (|K|_F |Y Y^T|_F), Y being one-hot labels.
 
-    Cristianini et al. (2001); centred as by Cortes et al. (2012). (Y Y^T)(i, j) is 1 where two samples are of one class.
+    Cristianini et al. (2001); centred as by Cortes et al. (2012). (Y Y^T)(i, j) is 1 where samples are of one class.
 
     Args:
         kernel: Symmetric, (N, N).
@@ -89,8 +89,8 @@ def kernel_target_alignment(kernel: Tensor, labels: Tensor, *, centred: bool = F
 
     Raises:
         TypeError: Not a real tensor, or not class numbers.
-        ValueError: Not square and symmetric, values that are not finite, a kernel of zeros (after centring, too), labels
-            of another number of samples, or a single class with ``centred``.
+        ValueError: Not square and symmetric, values that are not finite, a kernel of zeros (after centring, too),
+            labels of another number of samples, or a single class with ``centred``.
     """
     matrix = _symmetric(kernel)
     check_labels(labels, size=len(matrix))
@@ -115,8 +115,8 @@ def kernel_specialization(kernels: Tensor, labels: Tensor, *, centred: bool | No
     Args:
         kernels: One symmetric kernel a class, (K, N, N), as ``empirical_ntk(outputs="class")`` returns it.
         labels: Class numbers (N,), each class at least once.
-        centred: Centre kernels and indicators. None centres for K > 2 alone: the indicators of two classes are opposite,
-            so that the centred specialisation of K = 2 is 1 for any kernels.
+        centred: Centre kernels and indicators. None centres for K > 2 alone: the indicators of two classes are
+            opposite, so that the centred specialisation of K = 2 is 1 for any kernels.
 
     Raises:
         TypeError: Not a real tensor, or not class numbers.
