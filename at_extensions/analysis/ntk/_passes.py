@@ -60,6 +60,7 @@ class Network:
 
     def batch(self, x: Tensor) -> Tensor:
         """Return images on the model's device, in the pass's floating-point type."""
+        x = x.clone() if x.is_inference() else x  # outside inference mode, the copy may have a gradient
         return x.to(self.device, self.dtype) if x.is_floating_point() else x.to(self.device)
 
     def record(

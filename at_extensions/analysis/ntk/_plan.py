@@ -142,12 +142,12 @@ def make_plan(found: Probe, sizes: Sizes, numels: dict[str, int], limit: int) ->
     per_entry = passes * sizes.itemsize * sizes.samples
     least_work = max([0, *(unit.least(sizes.samples, passes, sizes.work_itemsize) for unit in units)])
     fixed, largest = _of_kernel(found, sizes), max([0, *kept, per_entry if found.rest else 0])
-    least = fixed + least_work + memory.of_pass(1) + largest
+    least = max(fixed + least_work + memory.of_pass(1) + largest, found.bytes + sizes.copied)
     _check_limit(limit, least, sizes)
     batch, work = _fit(limit - fixed, least_work, largest, memory)
     room = limit - fixed - work - memory.of_pass(batch)
     groups, rest, used = _groups(units, kept, found.rest, numels, per_entry, room)
-    peak = fixed + work + memory.of_pass(batch) + max(used)
+    peak = max(fixed + work + memory.of_pass(batch) + max(used), found.bytes + sizes.copied)
     return Plan(groups, rest, batch, memory.rest_batch(memory.of_pass(batch)), work, peak, least)
 
 
@@ -166,7 +166,7 @@ def make_sketch_plan(found: Probe, sizes: Sizes, numels: dict[str, int], sums: i
     least_work += 4 * sizes.work_itemsize * (largest + sums)
     fixed = _of_kernel(found, sizes) + sizes.samples * passes * sums * sizes.work_itemsize
     fixed += sum(Fold.bytes(numel, sums) for numel in folds)
-    least = fixed + least_work + memory.of_pass(1)
+    least = max(fixed + least_work + memory.of_pass(1), found.bytes + sizes.copied)
     _check_limit(limit, least, sizes)
     batch, work = _fit(limit - fixed, least_work, 0, memory)
     return Plan([], [], batch, memory.rest_batch(memory.of_pass(batch)), work, limit, least)

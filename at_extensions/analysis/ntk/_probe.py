@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Probe:
         graph: Bytes that autograd saves for each sample.
         gradients: Bytes of all layers' output gradients for each sample.
         largest: Bytes of the largest input or output of a layer for each sample.
+        bytes: Estimated peak of the pass itself.
     """
 
     outputs: Outputs
@@ -76,6 +78,7 @@ class Probe:
     graph: int
     gradients: int
     largest: int
+    bytes: int
 
 
 def candidates(model: nn.Module, chosen: Sequence[str]) -> dict[str, nn.Module]:
@@ -105,7 +108,8 @@ def probe(network: Network, samples: Tensor, outputs: int | str, chosen: Sequenc
 
     Raises:
         TypeError: The outputs are not a tensor.
-        ValueError: The outputs are not (B, K), have no such class, are not finite, or depend on other images.
+        ValueError: The outputs are not (B, K), have no such class, are not finite, depend on other images, or on no
+            chosen parameter.
     """
     n, modules = len(samples), candidates(network.model, chosen)
     alone, calls_alone = network.record(samples[:1], modules)
@@ -127,17 +131,23 @@ def probe(network: Network, samples: Tensor, outputs: int | str, chosen: Sequenc
             layers.append(_layer(name, modules[name], names, [call for call, _ in ours], n))
             explained |= set(names.values())
     rest = [name for name in chosen if name not in explained and ordinary[name] is not None]
+    if not layers and not rest:
+        raise ValueError("the model's outputs depend on no chosen parameter")
     if rest:
         log.info("gradients by torch.func for %s", ", ".join(rest))
+    of_chosen = [leaf.nbytes for leaf in leaves.values()]
     sizes = [max(call.x.nbytes, call.shape.numel() * call.x.itemsize) for call in calls]
+    outputs_bytes = sum(call.shape.numel() * call.x.itemsize for call in calls)
+    largest = max([samples.nbytes, *sizes])
     return Probe(
         outputs=found,
         layers=layers,
         rest=rest,
         signature=signature(calls, n),
         graph=-(-saved.bytes // n),
-        gradients=-(-sum(call.shape.numel() * call.x.itemsize for call in calls) // n),
-        largest=-(-max([samples.nbytes, *sizes]) // n),
+        gradients=-(-outputs_bytes // n),
+        largest=-(-largest // n),
+        bytes=sum(of_chosen) + 7 * max(of_chosen) + saved.bytes + 2 * outputs_bytes + 6 * largest,
     )
 
 
@@ -198,6 +208,8 @@ def _both(
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(outputs.passes, generator=generator).to(logits) @ outputs.cotangents
     v = _sample_weights(len(logits)).to(logits)
+    if not logits.requires_grad:
+        return dict.fromkeys(leaves), [call.x.new_zeros(call.shape) for call in calls]
     with torch.enable_grad():
         total = (logits * u * v.unsqueeze(1)).sum()
     found = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
@@ -213,17 +225,16 @@ def _weighted_sums(module: nn.Module, calls: Sequence[tuple[Call, Tensor]], n: i
 
     Empty where the layout of input or output is not one that the layer's formula knows.
     """
-    totals: dict[str, list[Tensor]] = {}
+    totals: list[dict[str, Tensor]] = [{}, {}]
     for call, d in calls:
         v = _sample_weights(n).to(d)
-        for size, weights in ((False, v), (True, v.abs())):
-            parts = _call_sums(module, call, d, weights, size)
+        for total, weights, absolute in zip(totals, (v, v.abs()), (False, True)):
+            parts = _call_sums(module, call, d, weights, absolute)
             if parts is None:
                 return {}
             for key, part in parts.items():
-                totals.setdefault(f"{key} {size}", []).append(part)
-    added = {key: torch.stack(parts).sum(0) for key, parts in totals.items()}
-    return {key: (added[f"{key} False"], added[f"{key} True"]) for key in ("weight", "bias") if f"{key} False" in added}
+                total[key] = total[key].add_(part) if key in total else part
+    return {key: (part, totals[1][key]) for key, part in totals[0].items()}
 
 
 def _call_sums(module: nn.Module, call: Call, d: Tensor, weights: Tensor, absolute: bool) -> dict[str, Tensor] | None:
@@ -248,9 +259,9 @@ def _agree(ordinary: Tensor | None, captured: Tensor, size: Tensor) -> bool:
         return False
     if ordinary.numel() != captured.numel():
         return False
-    eps = torch.finfo(captured.dtype).eps
-    difference = (ordinary.flatten() - captured.flatten()).double().norm()
-    return bool(difference <= eps**0.5 * ordinary.double().norm() + _NOISE * eps * size.double().norm())
+    eps, norm = torch.finfo(captured.dtype).eps, functools.partial(torch.linalg.vector_norm, dtype=torch.float64)
+    difference = norm(ordinary.flatten() - captured.flatten())
+    return bool(difference <= eps**0.5 * norm(ordinary) + _NOISE * eps * norm(size))
 
 
 def _layer(name: str, module: nn.Module, names: dict[str, str], calls: Sequence[Call], n: int) -> Layer:
