@@ -44,7 +44,8 @@ def empirical_ntk(
     parametrised, tied or functionally used weights) are found by a comparison with an ordinary gradient and left to
     ``torch.func``. ``ntk_cost`` lists routes, operations and bytes before anything runs.
 
-    A symmetric kernel (without ``x2``) is symmetric to the last bit.
+    A symmetric kernel (without ``x2``) is symmetric to the last bit. In float32, a ReLU whose input is almost 0 can
+    open in a batch of one size and not in another, which moves single rows by about 1e-3; float64 makes that rare.
 
     Args:
         model: Network whose outputs are (B, K), of images or other inputs; measured in eval mode and left as it was. An
