@@ -85,10 +85,16 @@ def unfold(x: Tensor, window: Window) -> Tensor:
 
 
 def weight_gradient(columns: Tensor, d: Tensor) -> Tensor:
-    """Return J_i = D_i U_i^T, (B, c_out, c_in / groups * k^2), of columns U (B, groups, q, S) and D (B, c_out, S)."""
-    b, groups, q, s = columns.shape
-    rows = torch.bmm(d.reshape(b * groups, -1, s), columns.reshape(b * groups, q, s).transpose(1, 2))
-    return rows.reshape(b, -1, q)
+    """Return J_i = D_i U_i^T for each of A output gradients, (B, A, c_out, q) with q = c_in / groups * k^2.
+
+    Args:
+        columns: Windows U of the layer's input (B, groups, q, S).
+        d: Output gradients D (B, A, c_out, S).
+    """
+    (b, groups, q, s), (passes, channels) = columns.shape, d.shape[1:3]
+    d = d.reshape(b, passes, groups, -1, s).transpose(1, 2).reshape(b * groups, -1, s)
+    rows = torch.bmm(d, columns.reshape(b * groups, q, s).transpose(1, 2))
+    return rows.reshape(b, groups, passes, -1, q).transpose(1, 2).reshape(b, passes, channels, q)
 
 
 def norm_rows(

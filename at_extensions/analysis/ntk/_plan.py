@@ -163,7 +163,7 @@ def make_sketch_plan(found: Probe, sizes: Sizes, numels: dict[str, int], sums: i
     folds += [numels[name] for name in found.rest]
     largest = max(folds)
     least_work = max([0, *(unit.least(sizes.samples, passes, sizes.work_itemsize) for unit in units)])
-    least_work += 4 * sizes.work_itemsize * (largest + sums)
+    least_work += 4 * passes * sizes.work_itemsize * (largest + sums)
     fixed = _of_kernel(found, sizes) + sizes.samples * passes * sums * sizes.work_itemsize
     fixed += sum(Fold.bytes(numel, sums) for numel in folds)
     least = max(fixed + least_work + memory.of_pass(1), found.bytes + sizes.copied)
@@ -202,7 +202,7 @@ class _Memory:
 
     def __init__(self, found: Probe, sizes: Sizes, numels: dict[str, int]):
         rest = sum(numels[name] for name in found.rest)
-        self._pass = found.graph + found.gradients + 6 * found.largest
+        self._pass = found.graph + found.outputs.passes * found.gradients + 6 * found.largest
         self._func = 3 * found.graph + 6 * found.largest + 3 * rest * sizes.itemsize if found.rest else 0
 
     def of_pass(self, batch: int) -> int:

@@ -249,7 +249,10 @@ def _call_sums(module: nn.Module, call: Call, d: Tensor, weights: Tensor, absolu
     if d.shape[2] != window.side(x.shape[2], 0) * window.side(x.shape[3], 1):
         return None
     x, d = (x.abs(), d.abs()) if absolute else (x, d)
-    weight = sum(v * weight_gradient(unfold(x[i : i + 1], window), d[i : i + 1])[0] for i, v in enumerate(weights))
+    weight = sum(
+        v * weight_gradient(unfold(x[i : i + 1], window), d[i : i + 1].unsqueeze(1))[0, 0]
+        for i, v in enumerate(weights)
+    )
     return {"weight": weight, "bias": weights @ d.sum(2)}
 
 

@@ -61,9 +61,9 @@ class Run:
     def _take(self, units: Sequence[Unit], plan: Plan, shown) -> None:
         layers = list({unit.layer.name: unit.layer for unit in units}.values())
         for side, samples, x in self._batches(plan.batch):
-            for a, captured in self._captured(x, layers):
-                for unit in units:
-                    unit.take(side, samples, a, captured[unit.layer.name], plan.work)
+            captured = self._captured(x, layers)
+            for unit in units:
+                unit.take(side, samples, captured[unit.layer.name], plan.work)
             shown.update()
 
     def _take_rest(self, rest: Rest, plan: Plan, shown) -> None:
@@ -88,11 +88,11 @@ class Run:
         steps = self._number(plan.batch) * bool(units) + self._number(plan.rest_batch) * bool(rest)
         with bar(text="ntk", unit="batches", total=steps, show=self._progress, every=60) as shown:
             for side, samples, x in self._batches(plan.batch) if units else ():
-                for a, captured in self._captured(x, layers):
-                    for unit, name in zip(units, names):
-                        for part, rows in unit.rows(captured[unit.layer.name], len(x), plan.work):
-                            start = samples.start + part.start
-                            sketches[side][start : start + len(rows), a] += folds[name](rows.to(total.dtype))
+                captured = self._captured(x, layers)
+                for unit, name in zip(units, names):
+                    for part, rows in unit.rows(captured[unit.layer.name], len(x), plan.work):
+                        start, folded = samples.start + part.start, folds[name](rows.flatten(0, 1).to(total.dtype))
+                        sketches[side][start : start + len(rows)] += folded.unflatten(0, rows.shape[:2])
                 shown.update()
             for side, samples, x in self._batches(plan.rest_batch) if rest else ():
                 for a, cotangent in enumerate(self._found.outputs.cotangents):
@@ -102,8 +102,8 @@ class Run:
         total.add_rows(sketches[0], sketches[-1])
         return total.result()
 
-    def _captured(self, x: Tensor, layers: Sequence[Layer]) -> Iterator[tuple[int, dict[str, Captured]]]:
-        """Yield, for each backward pass, the calls of some layers with the gradients of their outputs."""
+    def _captured(self, x: Tensor, layers: Sequence[Layer]) -> dict[str, Captured]:
+        """Return the calls of some layers on a batch, with the gradients of their outputs in each backward pass."""
         logits, calls = self._network.record(x, {layer.name: layer.module for layer in layers})
         expected = self._found.signature
         if signature(calls, len(x)) != {layer.name: expected[layer.name] for layer in layers}:
@@ -111,11 +111,13 @@ class Run:
         if not logits.isfinite().all():
             raise ValueError(f"the model's outputs are not finite (dtype {logits.dtype})")
         cotangents = self._found.outputs.cotangents
-        for a, cotangent in enumerate(cotangents):
-            found: dict[str, list] = {}
-            for call, d in zip(calls, gradients(logits, cotangent, calls, keep=a + 1 < len(cotangents))):
-                found.setdefault(call.layer, []).append((call, d))
-            yield a, found
+        each = [
+            gradients(logits, cotangent, calls, keep=a + 1 < len(cotangents)) for a, cotangent in enumerate(cotangents)
+        ]
+        found: dict[str, list] = {}
+        for call, *ds in zip(calls, *each):
+            found.setdefault(call.layer, []).append((call, ds))
+        return found
 
     def _number(self, size: int) -> int:
         return sum(-(-n // size) for n in self._counts)

@@ -13,8 +13,8 @@ from at_extensions.analysis.ntk._layers import norm_rows, output_gradient, pixel
 from at_extensions.analysis.ntk._passes import Call
 from at_extensions.analysis.ntk._probe import Layer
 
-Captured = Sequence[tuple[Call, Tensor]]
-"""Calls of a layer in one pass over a batch, with the gradients of their outputs."""
+Captured = Sequence[tuple[Call, Sequence[Tensor]]]
+"""Calls of a layer on one batch, with the gradients of their outputs in each backward pass."""
 
 
 class Rows:
@@ -36,38 +36,41 @@ class Rows:
         """Make room for the samples of both sides."""
         self._kept = [like.new_empty(n, passes, self.size) for n in counts]
 
-    def take(self, side: int, samples: slice, a: int, captured: Captured, limit: int) -> None:
-        """Keep the part of a batch in backward pass ``a``."""
+    def take(self, side: int, samples: slice, captured: Captured, limit: int) -> None:
+        """Keep the part of a batch."""
         for part, rows in self.rows(captured, samples.stop - samples.start, limit):
             start = samples.start + part.start
-            self._kept[side][start : start + len(rows), a] = rows
+            self._kept[side][start : start + len(rows)] = rows
 
     def rows(self, captured: Captured, batch: int, limit: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the gradients (b, p) of ranges of a batch, formed within about ``limit`` bytes."""
+        """Yield the gradients (b, A, p) of ranges of a batch, formed within about ``limit`` bytes."""
+        module, passes = self.layer.module, range(len(captured[0][1]))
         if self.layer.is_norm:
-            found = [norm_rows(self.layer.module, call, d, batch) for call, d in captured]
-            yield slice(0, batch), torch.cat([sum(f[key] for f in found) for key in self.keys], 1)
+            each = [[norm_rows(module, call, ds[a], batch) for call, ds in captured] for a in passes]
+            rows = [torch.cat([sum(f[key] for f in found) for key in self.keys], 1) for found in each]
+            yield slice(0, batch), torch.stack(rows, 1)
             return
-        module = self.layer.module
         inputs = [pixels(module, call, batch) for call, _ in captured]
-        d_outputs = [output_gradient(module, d, batch) for _, d in captured]
-        step = max(1, limit // max(1, self.forming(d_outputs[0].element_size())))
+        outputs = [[output_gradient(module, d, batch) for d in ds] for _, ds in captured]
+        step = max(1, limit // max(1, self.forming(len(passes), outputs[0][0].element_size())))
         for start in range(0, batch, step):
             part, found = slice(start, min(start + step, batch)), {}
-            if "weight" in self.keys:
-                pairs = zip(inputs, d_outputs)
-                found["weight"] = sum(weight_gradient(unfold(x[part], w), d[part]) for (x, w), d in pairs).flatten(1)
+            stacked = [torch.stack([d[part] for d in ds], 1) for ds in outputs]
+            if "weight" in self.keys:  # an unfolded input serves every backward pass
+                pairs = zip(inputs, stacked)
+                found["weight"] = sum(weight_gradient(unfold(x[part], w), d) for (x, w), d in pairs).flatten(2)
             if "bias" in self.keys:
-                found["bias"] = sum(d[part].sum(2) for d in d_outputs)
-            yield part, torch.cat([found[key] for key in self.keys], 1)
+                found["bias"] = sum(d.sum(3) for d in stacked)
+            yield part, torch.cat([found[key] for key in self.keys], 2)
 
-    def forming(self, itemsize: int) -> int:
+    def forming(self, passes: int, itemsize: int) -> int:
         """Return the bytes in use while the gradients of one sample are formed."""
-        return itemsize * (3 * self.size + _unfolded(self.layer))
+        outputs = 0 if self.layer.is_norm else self.layer.positions * len(self.layer.module.weight)
+        return itemsize * (passes * (4 * self.size + 2 * outputs) + _unfolded(self.layer))
 
     def least(self, samples: int, passes: int, itemsize: int) -> int:
         """Return the least bytes of work space."""
-        return self.forming(itemsize)
+        return self.forming(passes, itemsize)
 
     def kept(self, passes: int, itemsize: int) -> int:
         """Return the bytes kept for each sample."""
@@ -103,16 +106,14 @@ class Pixels:
         self._x = [[like.new_empty(n, *side) for side in self.layer.sides] for n in counts]
         self._d = [like.new_empty(n, passes, self.channels, self.layer.positions) for n in counts]
 
-    def take(self, side: int, samples: slice, a: int, captured: Captured, limit: int) -> None:
-        """Keep the part of a batch in backward pass ``a``."""
-        batch, module = samples.stop - samples.start, self.layer.module
-        if a == 0:
-            for kept, (call, _) in zip(self._x[side], captured):
-                kept[samples] = pixels(module, call, batch)[0]
-        at = 0
-        for _, d in captured:
-            part = output_gradient(module, d, batch)
-            self._d[side][samples, a, :, at : at + part.shape[2]] = part
+    def take(self, side: int, samples: slice, captured: Captured, limit: int) -> None:
+        """Keep the part of a batch."""
+        batch, module, at = samples.stop - samples.start, self.layer.module, 0
+        for kept, (call, ds) in zip(self._x[side], captured):
+            kept[samples] = pixels(module, call, batch)[0]
+            for a, d in enumerate(ds):
+                part = output_gradient(module, d, batch)
+                self._d[side][samples, a, :, at : at + part.shape[2]] = part
             at += part.shape[2]
 
     def least(self, samples: int, passes: int, itemsize: int) -> int:
@@ -171,8 +172,7 @@ class Pixels:
         for start in range(0, len(d), step):
             part = slice(start, start + step)
             columns = torch.cat([unfold(x[part], w) for x, w in zip(xs, layer.windows)], 3)
-            for a in range(d.shape[1]):
-                rows[part, a] = weight_gradient(columns, d[part, a, channels])
+            rows[part] = weight_gradient(columns, d[part, :, channels])
         return rows.flatten(2)
 
 
