@@ -14,6 +14,7 @@ from at_extensions.analysis.ntk._units import Pixels, Rows, Unit
 
 _BATCH = 64  # samples of a pass at most: more are no faster
 _WORK = 256 * 2**20  # bytes of work space at most: more is no faster
+_SCATTERED = 1.5  # memory in use for each byte of short-lived tensors: malloc leaves gaps between them
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,12 @@ def make_plan(found: Probe, sizes: Sizes, numels: dict[str, int], limit: int) ->
     per_entry = passes * sizes.itemsize * sizes.samples
     least_work = max([0, *(unit.least(sizes.samples, passes, sizes.work_itemsize) for unit in units)])
     fixed, largest = _of_kernel(found, sizes), max([0, *kept, per_entry if found.rest else 0])
-    least = max(fixed + least_work + memory.of_pass(1) + largest, found.bytes + sizes.copied)
+    least = max(fixed + _reserve(least_work) + memory.of_pass(1) + largest, found.bytes + sizes.copied)
     _check_limit(limit, least, sizes)
     batch, work = _fit(limit - fixed, least_work, largest, memory)
-    room = limit - fixed - work - memory.of_pass(batch)
+    room = limit - fixed - _reserve(work) - memory.of_pass(batch)
     groups, rest, used = _groups(units, kept, found.rest, numels, per_entry, room)
-    peak = max(fixed + work + memory.of_pass(batch) + max(used), found.bytes + sizes.copied)
+    peak = max(fixed + _reserve(work) + memory.of_pass(batch) + max(used), found.bytes + sizes.copied)
     return Plan(groups, rest, batch, memory.rest_batch(memory.of_pass(batch)), work, peak, least)
 
 
@@ -166,7 +167,7 @@ def make_sketch_plan(found: Probe, sizes: Sizes, numels: dict[str, int], sums: i
     least_work += 4 * passes * sizes.work_itemsize * (largest + sums)
     fixed = _of_kernel(found, sizes) + sizes.samples * passes * sums * sizes.work_itemsize
     fixed += sum(Fold.bytes(numel, sums) for numel in folds)
-    least = max(fixed + least_work + memory.of_pass(1), found.bytes + sizes.copied)
+    least = max(fixed + _reserve(least_work) + memory.of_pass(1), found.bytes + sizes.copied)
     _check_limit(limit, least, sizes)
     batch, work = _fit(limit - fixed, least_work, 0, memory)
     return Plan([], [], batch, memory.rest_batch(memory.of_pass(batch)), work, limit, least)
@@ -192,9 +193,14 @@ def _fit(room: int, least_work: int, unit: int, memory: _Memory) -> tuple[int, i
     batch, work = _BATCH, max(least_work, min(_WORK, room // 8))
     while batch > 1 and memory.of_pass(batch) > room / 4:
         batch //= 2
-    while work + memory.of_pass(batch) + unit > room and (batch, work) != (1, least_work):
+    while _reserve(work) + memory.of_pass(batch) + unit > room and (batch, work) != (1, least_work):
         batch, work = max(1, batch // 2), max(least_work, work // 2)
     return batch, work
+
+
+def _reserve(work: int) -> int:
+    """Return the bytes to reserve for a work space."""
+    return int(_SCATTERED * work)
 
 
 class _Memory:
@@ -206,10 +212,10 @@ class _Memory:
         self._func = 3 * found.graph + 6 * found.largest + 3 * rest * sizes.itemsize if found.rest else 0
 
     def of_pass(self, batch: int) -> int:
-        return max(batch * self._pass, self._func)
+        return int(_SCATTERED * max(batch * self._pass, self._func))
 
     def rest_batch(self, limit: int) -> int:
-        return max(1, min(_BATCH, limit // max(1, self._func)))
+        return max(1, min(_BATCH, int(limit / _SCATTERED) // max(1, self._func)))
 
 
 def _groups(
