@@ -95,6 +95,19 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> int:
     return int(value)
 
 
+def check_range(limits: Sequence[float], *, name: str = "image_range") -> tuple[float, float]:
+    """Return the range of images as a tuple, if it is two finite numbers, the lower one first.
+
+    Raises:
+        TypeError: Not two numbers.
+        ValueError: Not in order, or not finite.
+    """
+    if not isinstance(limits, (tuple, list)) or len(limits) != 2:
+        raise TypeError(f"{name} must be (low, high), such as (0.0, 1.0), got {limits!r}")
+    low = check_number(f"the lower end of {name}", limits[0])
+    return float(low), float(check_number(f"the upper end of {name}", limits[1], above=low))
+
+
 def check_norm(norm: str) -> str:
     """Return ``norm`` if it is one of ``NORMS``.
 

@@ -83,7 +83,7 @@ class Settings:
             value = getattr(self, f.name)
             if isinstance(value, Settings):
                 words += [w.replace("--", f"--{f.name}.", 1) if w.startswith("--") else w for w in value.arguments()]
-            elif value != f.default:
+            elif value != (list(f.default) if isinstance(f.default, tuple) else f.default):
                 words += [flag(f.name), as_text(value)]
         return words
 
@@ -235,6 +235,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, float):
         steps = f"{round(255 * value)}/255"
         return steps if round(255 * value) / 255 == value and len(steps) < len(repr(value)) else repr(value)
-    if isinstance(value, list) and all(isinstance(item, str) and "," not in item for item in value):
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) and "," not in item for item in value):
         return ",".join(value)
     return value if isinstance(value, str) else json.dumps(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,8 +237,9 @@ def versions() -> dict[str, str]:
 class RunDirectory:
     """A folder that holds one training run and its results.
 
-    ``config.yaml``, ``metrics.jsonl`` (one line an epoch), ``checkpoints/{last,best}.safetensors`` with a state
-    file beside them, and later ``evaluation.json``, ``examples.safetensors`` and ``report.html``.
+    ``config.yaml``, ``metrics.jsonl`` (one line an epoch), ``checkpoints/{last,best}.safetensors`` with a state file
+    beside them, ``checkpoints/epoch-0010.safetensors`` where epochs are kept, and later ``evaluation.json``,
+    ``examples.safetensors`` and ``report.html``.
 
     Args:
         path: The folder; made when something is first written.
@@ -287,6 +289,18 @@ class RunDirectory:
             ValueError: Another kind.
         """
         return self.path / "checkpoints" / f"{check_name('checkpoint', kind, KINDS)}.safetensors"
+
+    def kept_path(self, epoch: int) -> Path:
+        """Return the path of the weights that are kept of an epoch, counted from 1."""
+        return self.path / "checkpoints" / f"epoch-{epoch:04d}.safetensors"
+
+    def kept(self) -> dict[int, Path]:
+        """Return the weights that were kept of single epochs (``keep_every``): epoch -> path, in order."""
+        found = (
+            re.fullmatch(r"epoch-(\d{4,})", path.stem) for path in self.path.glob("checkpoints/epoch-*.safetensors")
+        )
+        epochs = sorted(int(match[1]) for match in found if match)
+        return {epoch: self.kept_path(epoch) for epoch in epochs}
 
     def published_weights(self) -> Path:
         """Return the best weights, or the last ones of a run that had no validation split.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from at_extensions.checks import check_name
 
@@ -33,23 +34,68 @@ def attacking(model: nn.Module, batchnorm: str = "eval") -> Iterator[nn.Module]:
     Raises:
         ValueError: Another ``batchnorm``.
     """
+    with frozen(model), torch.enable_grad(), in_attack_mode(model, batchnorm):
+        yield model
+
+
+@contextlib.contextmanager
+def in_attack_mode(model: nn.Module, batchnorm: str = "eval") -> Iterator[nn.Module]:
+    """Put a model into the modes of ``attacking``, and leave gradients of parameters as they are.
+
+    Args:
+        model: The model.
+        batchnorm: As in ``attacking``.
+
+    Raises:
+        ValueError: Another ``batchnorm``.
+    """
     check_name("batchnorm", batchnorm, BATCHNORM)
     modes = [(m, m.training) for m in model.modules()]
     untracked: list[nn.Module] = []
-    with frozen(model), torch.enable_grad():
-        try:
-            for module, _ in modes:
-                batch_statistics = batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-                if batch_statistics and module.track_running_stats:
-                    module.track_running_stats = False
-                    untracked.append(module)
-                module.training = batch_statistics
+    try:
+        for module, _ in modes:
+            batch_statistics = batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if batch_statistics and module.track_running_stats:
+                module.track_running_stats = False
+                untracked.append(module)
+            module.training = batch_statistics
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module in untracked:
+            module.track_running_stats = True
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a model's forward pass be differentiated twice: without compiled code and without fused attention.
+
+    Both have a first derivative alone in torch. Restored afterwards, also after an exception.
+
+    Args:
+        model: The model.
+    """
+    with uncompiled(model), sdpa_kernel(SDPBackend.MATH):
+        yield model
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a model's forward pass run without ``torch.compile``, and leave its compiled code for afterwards.
+
+    Args:
+        model: The model.
+    """
+    compiled = [(m, vars(m).pop("_compiled_call_impl")) for m in model.modules() if "_compiled_call_impl" in vars(m)]
+    wrapped = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
+    stance = getattr(torch.compiler, "set_stance", None) if wrapped else None
+    try:
+        with contextlib.nullcontext() if stance is None else stance("force_eager"):
             yield model
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for module in untracked:
-                module.track_running_stats = True
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 @contextlib.contextmanager

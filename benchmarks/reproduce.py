@@ -15,7 +15,18 @@ import logging
 import sys
 from pathlib import Path
 
-from at_extensions.experiments import Arm, Cell, RobustAccuracy, Study, run_study
+from at_extensions.experiments import (
+    Arm,
+    Cell,
+    InjectedAccuracy,
+    RobustAccuracy,
+    Study,
+    induced_distribution,
+    random_labels_study,
+    run_study,
+)
+from at_extensions.experiments.feature_injection import table, write_collapses
+from at_extensions.experiments.random_labels import write_figures
 from at_extensions.memory import keep_freed_memory
 from at_extensions.runs import RunDirectory
 
@@ -32,10 +43,37 @@ def measured(cpu: RobustAccuracy):
     return measure
 
 
+def injected(run: RunDirectory, cell: Cell) -> dict:
+    """Measure a run with injected features, on a part of the test images on a CPU."""
+    measure = InjectedAccuracy(20, 500) if cell.scale == "cpu" else InjectedAccuracy(50)
+    return measure(run, cell)
+
+
 def both_checkpoints(run: RunDirectory, cell: Cell) -> dict:
     """AutoAttack on the best and the last checkpoint, on a part of the test images on a CPU."""
     images = 300 if cell.scale == "cpu" else None
     return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("best", "last"))(run, cell)
+
+
+def last_checkpoint(run: RunDirectory, cell: Cell) -> dict:
+    """AutoAttack on the last checkpoint, on a part of the test images on a CPU."""
+    images = 300 if cell.scale == "cpu" else None
+    return RobustAccuracy(pgd_steps=0, autoattack=images, every_seed=True, checkpoints=("last",))(run, cell)
+
+
+INDUCED = {  # the new networks of the induced distribution experiment; on a GPU those of the paper
+    "cpu": {"images": 1000, "test_images": 1000, "net_epochs": 15, "batch_size": 32, "starts": 5, "probe": 64},
+    "gpu": {"net_epochs": 99, "schedule": "step", "milestones": [60, 80], "precision": "bf16", "zero_start": True},
+}
+
+
+def induced(run: RunDirectory, cell: Cell) -> dict:
+    """The induced distribution experiment on every kept epoch; by themselves the errors at the last one."""
+    options = INDUCED[cell.scale] | {"seeds": [cell.seed], "progress": False}
+    found = induced_distribution(run, run.path / "induced_distribution", **options).to_dict()
+    last = found["rows"][-1]["nets"]
+    errors = {"ide_a": last["a"]["error"], "ide_b": last["b"]["error"], "clean": last["clean"]["error"]}
+    return errors | {"induced": found}
 
 
 CPU_NET = {"model": "cifar_resnet18", "model_options": {"width": 16}, "precision": "bf16"}
@@ -66,6 +104,13 @@ RATES, EFFECTIVE_RATES = (0.1, 0.3), (0.3, 1.0)
 EFFECTIVE = {"sgd": 1.0, "momentum": 0.1, "deat": 5**0.5}  # nominal rate of each at an effective rate of 1
 NOMINAL = [(name, lr) for lr in RATES for name in OPTIMIZERS]
 MATCHED = [(name, lr * EFFECTIVE[name]) for lr in EFFECTIVE_RATES for name in OPTIMIZERS]
+
+# Injected features: amplitudes in steps of 1/255, at a radius that plain FGSM training survives
+
+
+def injection_arm(method: str, beta: int, **options) -> Arm:
+    return Arm({"method": method, "inject_beta": beta / 255, **options})
+
 
 # robust overfitting: each remedy under a schedule that drops the rate, and under one that ends at 0
 REMEDIES = {
@@ -188,6 +233,72 @@ STUDIES = {
         )
         + tuple((f"te_{schedule}", f"ema_{schedule}") for schedule in SCHEDULES),
     ),
+    "feature_injection": Study(
+        name="feature_injection",
+        question="Do features of the classes in CIFAR-10 images make FGSM training overfit catastrophically where "
+        "it does not without them, and do PGD-AT, N-FGSM and features drawn at random not?",
+        arms={
+            **{f"fgsm_beta{beta}": injection_arm("fgsm", beta) for beta in (0, 2, 4, 8, 16)},
+            "fgsm_beta8_permuted": injection_arm("fgsm", 8, inject_permuted=True),
+            "pgd_beta8": injection_arm("pgd", 8, steps=3, alpha=2 / 255),
+            "n_fgsm_beta8": injection_arm("n_fgsm", 8),
+            "grad_align_beta8": injection_arm("grad_align", 8),
+        },
+        ablations={"pgd10_beta8": injection_arm("pgd", 8, steps=10, alpha=1 / 255)},
+        common={"eps": 4 / 255, "augment": "none", "lr": 0.2, "warmup": 0.5},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 2000, "batch_size": 64, "epochs": 15}
+            | {"val_fraction": 0.01, "val_steps": 5},
+            "gpu": GPU_NET | {"batch_size": 128, "epochs": 30, "val_fraction": 0.02},
+        },
+        measure=injected,
+    ),
+    "collapse_guard": Study(
+        name="collapse_guard",
+        question="Does the guard keep RS-FGSM at 16/255 robust, where it collapses without?",
+        arms={
+            "unguarded": Arm({}),
+            "guarded": Arm({"guard": "rollback", "guard_remedy": "n_fgsm"}),
+        },
+        common={"eps": 16 / 255, "method": "rs_fgsm", "lr": 0.2, "warmup": 0.3},
+        scales={
+            "cpu": CPU_NET
+            | {"precision": "fp32", "train_size": 4000, "batch_size": 64, "epochs": 16, "augment": "none"}
+            | {"val_fraction": 0.01, "val_steps": 5},
+            "gpu": GPU_NET | {"epochs": 30, "val_fraction": 0.02},
+        },
+        measure=last_checkpoint,
+        pairs=(("guarded", "unguarded"),),
+    ),
+    "random_labels": random_labels_study(
+        rates=(0.0, 1.0),
+        common={"eps": EPS, "lr": 0.1, "schedule": "step", "weight_decay": 0.0, "augment": "none", "val_fraction": 0.0},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 500, "batch_size": 32, "epochs": 30}
+            | {"steps": 3, "alpha": 4 / 255},
+            "gpu": {"model": "wide_resnet_28_10", "precision": "bf16", "epochs": 300, "milestones": [100, 200]}
+            | {"batch_size": 128, "steps": 10, "alpha": 2 / 255},
+        },
+    ),
+    "induced_distribution": Study(
+        name="induced_distribution",
+        question="Are adversarial examples of an overfitted checkpoint harder to learn from, or only those of images "
+        "that it was trained on?",
+        arms={schedule: Arm(options) for schedule, options in SCHEDULES.items()},
+        common={"eps": EPS, "method": "pgd"},
+        scales={
+            "cpu": SMALL_NET
+            | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5, "augment": "none"}
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 24, "batch_size": 32, "keep_every": 12},
+            "gpu": GPU_NET
+            | {"train_size": 24500, "val_fraction": 0.02}
+            | {"steps": 10, "alpha": 2 / 255, "epochs": 200, "keep_every": 20},
+        },
+        measure=induced,
+        pairs=(tuple(SCHEDULES),),
+    ),
 }
 
 
@@ -218,7 +329,11 @@ def main() -> int:
         command=f"python benchmarks/reproduce.py {args.study} --data {args.data} --scale {args.scale} "
         "--arms {arm} --seeds {seed}",
     )
+    if args.study == "random_labels":
+        write_figures(STUDIES[args.study], args.results / folder)
     print(progress)
+    if args.study == "feature_injection" and progress.summary is not None:
+        print(table(write_collapses(STUDIES[args.study], args.results / folder)))
     return 1 if progress.failed else 0
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from results_page import kernel, learned, overfitting, speed
+from results_page import collapse, induced, kernel, learned, memorisation, overfitting, speed
 
 FOLDER = Path(__file__).parent
 OPENING = """\
@@ -32,6 +32,11 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "REAT on long-tailed CIFAR-10": ("reat-cpu/*-seed*.json", learned.reat),
     "DEAT on CIFAR-10": ("deat-cpu/*-seed*.json", learned.deat),
     "Robust overfitting and its remedies": ("overfitting-cpu/*-seed*.json", overfitting.overfitting),
+    "Random labels": ("random_labels-cpu/*-seed*.json", memorisation.random_labels),
+    "Induced distributions: harder, or a mismatch?": ("induced_distribution-cpu/*-seed*.json", induced.induced),
+    "Do injected features induce catastrophic overfitting?": ("feature_injection-cpu/*-seed*.json",
+                                                              collapse.feature_injection),
+    "A guard against catastrophic overfitting": ("collapse_guard-cpu/*-seed*.json", collapse.collapse_guard),
     "Does adversarial training make early and middle layers critical?": ("criticality_study/study.json",
                                                                          learned.criticality_study),
     "One training step": ("training_step_cpu/*.json", speed.training_step),
@@ -44,6 +49,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Speed of the empirical NTK": ("ntk.json", kernel.ntk),
     "Cost of a REAT step": ("reat_cost_cpu.json", speed.step_cost("reat_cost")),
     "Cost of temporal ensembling": ("te_cost_cpu.json", speed.step_cost("te_cost")),
+    "Cost of the guard against collapse": ("guard_cost_cpu.json", speed.guard_cost),
     "Cost of a DEAT step": ("deat_cost.json", speed.deat_cost),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def compare(
         step()
         step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    names, clock = list(steps), time.process_time if args.cpu_time else time.perf_counter
     for r in range(args.rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            times[name].append(seconds(steps[name], torch.device(args.device)))
+            times[name].append(seconds(steps[name], args.device, clock))
     ratios = {
         name: [a / b for a, b in zip(t, times[references.get(name, "pgd")])]
         for name, t in times.items()
@@ -103,6 +104,7 @@ def options(description: str, output: str) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="steps of PGD")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU time, on a busy machine")
     parser.add_argument("--compile", action="store_true", help="compile model and twin")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help=f"results/{output}_DEVICE.json by default")
@@ -137,7 +139,7 @@ def measure(
     """
     result = {
         "what": f"a training step with PGD-{args.steps} on {args.batch_size} images of {args.image_size} x "
-        f"{args.image_size}, {args.rounds} interleaved rounds",
+        f"{args.image_size}, {args.rounds} interleaved rounds" + (", CPU time" if args.cpu_time else ""),
         "goal": goal,
         **({"note": note} if note else {}),
         "machine": machine(torch.device(args.device)),

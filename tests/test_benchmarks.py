@@ -102,6 +102,48 @@ def test_the_results_page_names_a_file_that_lacks_its_figures(tmp_path):
         results.page(tmp_path)
 
 
+def random_labels_result(arm, seed, options, robust, share):
+    """A result of the study of random labels, as its measurement writes it."""
+    accuracies = {name: {"accuracy": value, "images": 1000} for name, value in (("clean", 0.9), ("pgd10", robust))}
+    noisy = {"flipped": accuracies, "corrected": accuracies} if arm.endswith("r1") else {}
+    return {
+        "study": "random_labels", "question": "Which?", "arm": arm, "seed": seed, "scale": "cpu", "options": options,
+        "command": f"python benchmarks/reproduce.py random_labels --arms {arm} --seeds {seed}",
+        "machine": {"device": "a CPU", "cores": 2, "threads": 1, "versions": {"torch": "2.14.1"}},
+        "flipped_share": 0.9 if noisy else 0.0, "instability_recomputed": 1.0, "instability_frozen": 1.0 - share,
+        "instability_attack": share, "last": {"train": accuracies, "test": accuracies} | noisy,
+    }  # fmt: skip
+
+
+def test_the_claims_on_random_labels_follow_their_files(tmp_path):
+    results = importlib.import_module("results")
+    study, folder = importlib.import_module("reproduce").STUDIES["random_labels"], tmp_path / "random_labels-cpu"
+    folder.mkdir()
+    robust, share = {"pgd": 0.1, "trades": 0.4, "standard": 0.0}, {"pgd": 0.5, "trades": 0.2, "standard": 0.0}
+
+    def page():
+        for cell in study.cells("cpu"):
+            method, jitter = cell.arm.partition("-")[0], 0.01 * cell.seed if cell.arm.startswith("pgd") else 0
+            row = random_labels_result(
+                cell.arm, cell.seed, cell.options, robust[method] + jitter, share[method] + jitter
+            )
+            (folder / f"{cell.name}.json").write_text(json.dumps(row))
+        return results.page(tmp_path)
+
+    claims = [line for line in page().splitlines() if "PGD-AT memorises" in line or "The attack makes" in line]
+    assert claims[0].endswith("| +29.0 (+26.5 to +31.5) | holds |")
+    assert claims[1].endswith("| +0.310 (+0.285 to +0.335) | holds |")
+    assert "PGD-3 in training" in page()
+    assert "| TRADES | 100 % | 1.000 | 0.800 | 0.200 |" in page()
+    robust["pgd"], share["pgd"] = 0.39, 0.1
+    claims = [line for line in page().splitlines() if "PGD-AT memorises" in line or "The attack makes" in line]
+    assert claims[0].endswith("| not decided at this scale |")
+    assert claims[1].endswith("| does not hold |")
+    for path in folder.glob("trades-*"):
+        path.unlink()
+    assert "PGD-AT memorises" not in results.page(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [(0.1, 0.2, "holds"), (-0.2, -0.1, "does not hold"), (-0.1, 0.2, "not decided at this scale")],
@@ -235,3 +277,62 @@ def test_parameters_are_grouped_within_the_limit():
     model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 5))
     assert ntk.parameter_groups(model, 3, 10**6) == [["0.weight", "0.bias", "1.weight", "1.bias"]]
     assert ntk.parameter_groups(model, 3, 4 * 3 * 110) == [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+
+
+def test_the_verdicts_on_induced_distributions_follow_from_paired_seeds(tmp_path):
+    results, reproduce = importlib.import_module("results"), importlib.import_module("reproduce")
+    study, folder = reproduce.STUDIES["induced_distribution"], tmp_path / "induced_distribution-cpu"
+    folder.mkdir()
+    used = {"steps": 10, "net_epochs": 15, "a_images": 2000, "test_images": 2000}
+    machine = {"device": "a CPU", "cores": 2, "threads": 1, "versions": {"torch": "2"}}
+    for cell in study.cells("cpu", arms=["piecewise"]):
+        rows = []
+        for epoch, a in ((6, 0.3), (24, 0.6)):
+            errors = {
+                "a": a + 0.01 * cell.seed,
+                "b": 0.3 + 0.02 * cell.seed,
+                "clean": 0.5 + 0.03 * (cell.seed - 1) ** 2,
+            }
+            rows.append({"epoch": epoch, "seed": cell.seed, "nets": {n: {"error": e} for n, e in errors.items()},
+                         "dispersion": {n: {"mean": 0.1} for n in ("a", "b", "test")}, "gap": 0.25})  # fmt: skip
+        row = {"study": study.name, "question": study.question, "arm": cell.arm, "seed": cell.seed, "scale": "cpu",
+               "command": "python x", "options": cell.options, "epochs": [], "training_seconds": 1.0,
+               "induced": {"options": used, "rows": rows}, "machine": machine, "wall_seconds": 1.0}  # fmt: skip
+        (folder / f"{cell.name}.json").write_text(json.dumps(row))
+    page = results.page(tmp_path)
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| piecewise")]
+    assert lines[1][:6] == ["piecewise", "24", "61.0 %", "32.0 %", "52.0 %", "25.0 %"]
+    claims = {line[1]: (line[2].split(" ")[0], line[3]) for line in lines if len(line) == 5}
+    assert claims == {
+        "IDE on A - clean": ("+9.0", "holds"),
+        "IDE on A - IDE on B": ("+29.0", "holds"),
+        "IDE on B - clean": ("-20.0", "does not hold"),
+        "IDE on A, epoch 24 - 6": ("+30.0", "holds"),
+        "IDE on B, epoch 24 - 6": ("+0.0", "not decided at this scale"),
+    }
+
+
+def test_the_induced_study_measures_every_kept_epoch_with_the_seed_of_its_cell(monkeypatch, tmp_path):
+    reproduce = importlib.import_module("reproduce")
+    from at_extensions.runs import RunDirectory
+
+    calls = []
+
+    class Found:
+        def to_dict(self):
+            nets = {name: {"error": e} for name, e in (("a", 0.3), ("b", 0.2), ("clean", 0.1))}
+            return {"rows": [{}, {"nets": nets}]}
+
+    monkeypatch.setattr(reproduce, "induced_distribution", lambda run, out, **o: (calls.append((out, o)), Found())[1])
+    for scale in ("cpu", "gpu"):
+        cell = reproduce.STUDIES["induced_distribution"].cells(scale, seeds=[2])[0]
+        measured = reproduce.induced(RunDirectory(tmp_path), cell)
+        assert {k: v for k, v in measured.items() if k != "induced"} == {"ide_a": 0.3, "ide_b": 0.2, "clean": 0.1}
+        out, options = calls[-1]
+        assert options["seeds"] == [2]
+        from at_extensions.settings import InducedDistributionSettings
+
+        InducedDistributionSettings(out=str(out), **options)  # every option exists
+        trained = cell.options
+        assert trained["epochs"] % trained["keep_every"] == 0
+        assert trained["train_size"] <= 0.5 * (50_000 - 10 * round(5000 * trained["val_fraction"]))

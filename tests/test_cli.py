@@ -174,8 +174,13 @@ def test_the_examples_of_help_run_one_after_the_other(shell, example):
         "analyze criticality",
         "analyze dispersion",
         "analyze instability",
+        "experiment feature-injection",
+        "experiment random-labels",
     ):
         shell(example(name))
+    half = example("train").replace("runs/digits", "runs/half").replace("--epochs 5", "--epochs 2")
+    shell(f"{half} --keep-every 1 --train-size 600")
+    shell(example("experiment induced-distribution"))
     assert example("analyze") == example("analyze criticality")
     assert example("") == example("demo")
 
@@ -247,6 +252,9 @@ def test_an_interruption_says_so_and_the_same_command_goes_on(tmp_path):
         ("analyze criticality --model RUN --data digits --device cuda", "device 'cuda' cannot be used here"),
         ("analyze criticality --model RUN --data digits --out FILE/out", "cannot write into FILE/out"),
         ("analyze criticality --model RUN --data npz:RGB", "does not take images of 3 x 8 x 8"),
+        ("experiment random-labels --out FILE/out", "cannot write into FILE/out"),
+        ("experiment random-labels --rates 0,1.5 --out OUT", "noise rate must"),
+        ("experiment random-labels --methods pgd,tradse --out OUT", "did you mean 'trades'"),
         ("demo --out FILE/demo", "cannot write into FILE/demo"),
         ("train --epochs 1", "out is missing"),
         ("train OUT --config FILE", "does not hold a mapping"),

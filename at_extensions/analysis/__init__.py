@@ -1,7 +1,9 @@
 """Measurements of a given model, of a training gradient, and of an optimiser's diffusion."""
 
 from at_extensions.analysis import diffusion
+from at_extensions.analysis.collapse import CatastrophicOverfitting, catastrophic_overfitting
 from at_extensions.analysis.criticality import LayerCriticality, layer_criticality
+from at_extensions.analysis.curvature import InputCurvature, input_curvature
 from at_extensions.analysis.diffusion import effective_lr, gradient_noise, matched_lr
 from at_extensions.analysis.dispersion import Dispersion, local_dispersion
 from at_extensions.analysis.gradient_stability import GradientInstability, gradient_instability
@@ -23,18 +25,22 @@ from at_extensions.analysis.overfitting import (
 )
 
 __all__ = [
+    "CatastrophicOverfitting",
     "Dispersion",
     "GradientInstability",
+    "InputCurvature",
     "LabelAgreement",
     "LayerCriticality",
     "NTKCost",
     "RobustOverfitting",
+    "catastrophic_overfitting",
     "diffusion",
     "effective_lr",
     "effective_rank",
     "empirical_ntk",
     "gradient_instability",
     "gradient_noise",
+    "input_curvature",
     "kernel_distance",
     "kernel_specialization",
     "kernel_target_alignment",

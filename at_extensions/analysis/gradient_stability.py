@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,10 @@ from at_extensions.untouched import RandomStream, untouched
 
 DIRECTIONS = ("update", "random")
 """Minus the gradient, or random numbers normalised filter by filter."""
+
+
+class ZeroGradient(ValueError):
+    """The gradient at the given weights is zero, so that its change has no scale."""
 
 
 class Objective(Protocol):
@@ -70,6 +74,12 @@ class GradientInstability:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as JSON takes it."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> GradientInstability:
+        """Return the result that ``to_dict`` turned into plain data."""
+        curves = {name: found[name] and Curve(**found[name]) for name in ("recomputed", "frozen")}
+        return cls(**{**found, **curves})
 
     def __repr__(self) -> str:
         head = f"GradientInstability: {self.direction} direction, lr {self.lr:g}, {self.n_images} images"
@@ -150,7 +160,8 @@ def gradient_instability(
         start, _ = run.gradient(x_adv := run.attack())
         norm = _norm(start)
         if not (math.isfinite(norm) and norm > 0):
-            raise ValueError(f"the gradient at the given weights has norm {norm:g}, so its change has no scale")
+            kind = ZeroGradient if norm == 0 else ValueError
+            raise kind(f"the gradient at the given weights has norm {norm:g}, so its change has no scale")
         moves = _direction(direction, weights, start, seed)
         recomputed, frozen = [], []
         for s in steps:
@@ -170,12 +181,15 @@ def gradient_instability(
 
 
 class _Run:
-    """A batch with its loss; attacks always begin at the same random start."""
+    """A batch with its loss; attacks always begin at the same random start and with the same memory of the method."""
 
     def __init__(self, loss: Objective, weights: list[nn.Parameter], x: Tensor, y: Tensor, index, seed: int):
         self.loss, self.weights, self.x, self.y, self.index, self.seed = loss, weights, x, y, index, seed
+        self.memory = copy.deepcopy(loss.memory()) if callable(getattr(loss, "load_memory", None)) else None
 
     def attack(self) -> Tensor:
+        if self.memory is not None:  # temporal ensembling moves its table whenever it attacks
+            self.loss.load_memory(self.memory)
         for stream in _streams(self.loss):
             stream.load_state_dict(stream.state_dict() | {"seed": self.seed, "states": {}})
         return self.loss.perturb(self.x, self.y, self.index)

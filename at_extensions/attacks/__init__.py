@@ -5,7 +5,7 @@ from at_extensions.attacks.first_pass import FirstPass, first_pass
 from at_extensions.attacks.nfgsm import NFGSM
 from at_extensions.attacks.norms import norm_of, radius_of, validation_attack
 from at_extensions.attacks.pgd import PGD, Loss
-from at_extensions.attacks.running import check_attack, perturb
+from at_extensions.attacks.running import check_attack, perturb, range_of, set_range
 from at_extensions.untouched import RandomStream, attacking
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "norm_of",
     "perturb",
     "radius_of",
+    "range_of",
     "robust_lt_scales",
+    "set_range",
     "validation_attack",
 ]

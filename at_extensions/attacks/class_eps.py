@@ -49,6 +49,7 @@ class ClassEpsPGD(PGD):
         alpha: Step size, the same for all classes.
         steps: Gradient steps, at least 1.
         start: ``"uniform"`` in the class's ball, ``"gaussian"`` or ``"zero"``.
+        image_range: Range of the images.
 
     Attributes:
         scales: Tensor (K,); may be exchanged for another of its shape during training.
@@ -65,8 +66,9 @@ class ClassEpsPGD(PGD):
         alpha: float = 2 / 255,
         steps: int = 10,
         start: str = "uniform",
+        image_range: tuple[float, float] = (0.0, 1.0),
     ):
-        super().__init__(model, eps, alpha, steps, start)
+        super().__init__(model, eps, alpha, steps, start, image_range)
         scales = [check_number(f"scales[{c}]", float(s), above=0) for c, s in enumerate(scales)]
         if len(scales) < 2:
             raise ValueError(f"scales must hold one number a class, at least 2, got {len(scales)}")

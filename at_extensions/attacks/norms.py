@@ -61,7 +61,7 @@ def radius_of(attack: Attack) -> float | None:
 def validation_attack(attack: Attack) -> Callable[[nn.Module], Attack]:
     """Return a maker of the ten-step attack in the norm and with the radius of a training attack.
 
-    Linf: ``attacks.PGD``; L2: torchattacks' PGDL2, both with steps of eps / 4.
+    Linf: ``attacks.PGD`` in the attack's range of images; L2: torchattacks' PGDL2, both with steps of eps / 4.
 
     Raises:
         ValueError: The norm or the radius is unknown, or it is L1, in which torchattacks has no attack that works.
@@ -74,7 +74,8 @@ def validation_attack(attack: Attack) -> Callable[[nn.Module], Attack]:
             f"it; {_WAY_OUT}"
         )
     if norm == "Linf":
-        return lambda model: PGD(model, eps=eps, alpha=eps / 4, steps=10)
+        limits = getattr(attack, "image_range", (0.0, 1.0))
+        return lambda model: PGD(model, eps=eps, alpha=eps / 4, steps=10, image_range=limits)
     if norm == "L2":
         return lambda model: torchattacks.PGDL2(model, eps=eps, alpha=eps / 4, steps=10)
     raise ValueError(f"torchattacks has no attack in {norm} that could validate; {_WAY_OUT}")

@@ -9,7 +9,7 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from at_extensions.checks import check_count, check_eps, check_name, check_number
+from at_extensions.checks import check_count, check_eps, check_name, check_number, check_range
 
 Loss = Callable[[Tensor], Tensor]
 """A loss that an attack maximises: logits (B, K) to a scalar or (B,); everything else it needs is bound to it."""
@@ -20,7 +20,8 @@ STARTS = ("uniform", "gaussian", "zero")
 class PGD(torchattacks.PGD):
     """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083) as torchattacks has it, on a loss of yours.
 
-    x_0 = x + noise;  x_{t+1} = clip(x_t + alpha sign(grad loss(f(x_t)))) to the eps-ball around x and to [0, 1].
+    x_0 = x + noise;  x_{t+1} = clip(x_t + alpha sign(grad loss(f(x_t)))) to the eps-ball around x and to [0, 1], or
+    to another range of images.
 
     Args:
         model: Classifier of images in [0, 1].
@@ -28,8 +29,13 @@ class PGD(torchattacks.PGD):
         alpha: Step size.
         steps: Gradient steps, at least 1.
         start: ``"uniform"`` in the eps-ball, ``"gaussian"`` (0.001 N(0, 1), as in TRADES) or ``"zero"``.
+        image_range: Range of the images.
+
+    Attributes:
+        image_range: As given; ``Method.image_range`` and ``data`` with a range of their own set it.
 
     Raises:
+        TypeError: An ``image_range`` that is not two numbers.
         ValueError: A number out of range or an unknown start.
     """
 
@@ -40,18 +46,20 @@ class PGD(torchattacks.PGD):
         alpha: float = 2 / 255,
         steps: int = 10,
         start: str = "uniform",
+        image_range: tuple[float, float] = (0.0, 1.0),
     ):
         eps = check_eps(eps)
         alpha = check_number("alpha", alpha, above=0)
         steps = check_count("steps", steps)
         self.start = check_name("start", start, STARTS)
+        self.image_range = check_range(image_range)
         super().__init__(model, eps=eps, alpha=alpha, steps=steps, random_start=start != "zero")
 
     def forward(self, images: Tensor, labels: Tensor, loss: Loss | None = None) -> Tensor:
-        """Return adversarial examples of images (B, C, H, W) in [0, 1].
+        """Return adversarial examples (B, C, H, W) in ``image_range``.
 
         Args:
-            images: (B, C, H, W) in [0, 1].
+            images: (B, C, H, W) in ``image_range``.
             labels: (B,); with a ``loss`` of your own they are only used by it.
             loss: Loss to maximise; None means cross-entropy with ``labels`` (or minus the one with the targets, in
                 torchattacks' targeted modes).
@@ -60,7 +68,8 @@ class PGD(torchattacks.PGD):
         if loss is None:
             loss = cross_entropy(self, images, labels)
         radius = self.radius(images, labels)
-        low, high = (images - radius).clamp_(min=0), (images + radius).clamp_(max=1)
+        lowest, highest = self.image_range
+        low, high = (images - radius).clamp_(min=lowest), (images + radius).clamp_(max=highest)
         adversarial = start(images, self.start, radius).clamp_(low, high)
         for _ in range(self.steps):
             gradient = input_gradient(self, adversarial, loss)

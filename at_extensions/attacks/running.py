@@ -35,6 +35,27 @@ def check_attack(attack: Attack, model: nn.Module | None = None) -> Attack:
     return attack
 
 
+def range_of(attack: Attack) -> tuple[float, float]:
+    """Return the range that an attack clips images to: its ``image_range``, or [0, 1] for torchattacks' own."""
+    return getattr(attack, "image_range", (0.0, 1.0))
+
+
+def set_range(attack: Attack, limits: tuple[float, float]) -> None:
+    """Let an attack clip images to another range than [0, 1].
+
+    Raises:
+        ValueError: It clips to [0, 1] whatever the images, as torchattacks' own do.
+    """
+    if range_of(attack) == limits:
+        return
+    if not hasattr(attack, "image_range"):
+        raise ValueError(
+            f"{attack.attack} clips images to [0, 1], but these lie in [{limits[0]:g}, {limits[1]:g}]; use attacks.PGD "
+            "or attacks.NFGSM, which clip to their image_range"
+        )
+    attack.image_range = limits
+
+
 @contextlib.contextmanager
 def _searching_on(attack: Attack, twin: nn.Module | None) -> Iterator[None]:
     model = attack.model

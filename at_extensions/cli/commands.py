@@ -104,6 +104,34 @@ def instability(settings: s.InstabilitySettings) -> None:
     print(f"results: {Path(settings.out) / 'instability.json'}, {Path(settings.out) / 'instability.png'}")
 
 
+def random_labels(settings: s.RandomLabelsSettings) -> int:
+    """Train on random labels by several methods, and measure what they memorise; write JSON and pictures.
+
+    Accuracy on right and on wrong training labels, clean and under PGD, and the instability of the training gradient
+    with the attack's share. Run again, it goes on where it stopped; several processes may share a folder.
+    """
+    from at_extensions.experiments.random_labels import random_labels
+
+    progress = random_labels(settings.out, settings)
+    found = [Path(settings.out) / name for name in ("summary.json", "memorisation.png", "instability.png")]
+    print(f"{progress}\nresults: {', '.join(str(path) for path in found if path.exists())}")
+    return 1 if progress.failed else 0
+
+
+def induced_distribution(run: str, settings: s.InducedDistributionSettings) -> None:
+    """Train new networks on the adversarial examples of a run's kept epochs, with a held-out control; write JSON.
+
+    The run must have been trained with --keep-every, and with --train-size on a part of the data. Each finished epoch
+    is one file; run again, it goes on where it stopped.
+    """
+    from at_extensions.experiments import induced_distribution
+
+    out = Path(run) / "induced_distribution" if settings.out is None else Path(settings.out)
+    print(induced_distribution(run, out, settings))
+    print(f"results: {', '.join(str(path) for path in sorted(out.glob('induced_distribution.*')))}")
+    print(f"next: {shlex.join(['at-extensions', 'report', str(run)])}")
+
+
 def demo(settings: s.DemoSettings) -> None:
     """Train a small CNN on scanned digits with and without PGD-AT, attack both with AutoAttack, and report.
 
@@ -112,6 +140,19 @@ def demo(settings: s.DemoSettings) -> None:
     from at_extensions.experiments.demo import demo
 
     print(f"report: {demo(settings)}")
+
+
+def feature_injection(out: str, settings: s.InjectionSettings) -> int:
+    """Inject features of the classes into all images, and see where training overfits catastrophically.
+
+    Ortiz-Jimenez et al. (2023): a grid of amplitudes, radii and methods over seeds, with a control. The folder gets a
+    JSON file a run, the rates with intervals, a map and curves. Run again, it goes on where it stopped.
+    """
+    from at_extensions.experiments.feature_injection import feature_injection
+
+    result = feature_injection(out, settings)
+    print(f"{result}\nresults: {', '.join(str(path) for path in result.files)}")
+    return 1 if result.progress.failed else 0
 
 
 @dataclass(frozen=True)
@@ -171,6 +212,33 @@ COMMANDS = {
     "analyze instability": Command(
         instability, s.InstabilitySettings, "analyze instability --model runs/digits --data digits --eps 0.2"
     ),
+    "experiment feature-injection": Command(
+        feature_injection,
+        s.InjectionSettings,
+        "experiment feature-injection runs/injection --data digits --eps 0.1 --betas 0,0.1 --seeds 0 --epochs 2 "
+        "--train-size 300 --test-size 50 --val-steps 2",
+        "out",
+        "The folder of results.",
+        resumes=True,
+    ),
+    "experiment random-labels": Command(
+        random_labels,
+        s.RandomLabelsSettings,
+        "experiment random-labels --data digits --methods pgd,trades --rates 0,1 --seeds 0 --eps 0.2 --epochs 1 "
+        "--train-size 60",
+        resumes=True,
+    ),
+    "experiment induced-distribution": Command(
+        induced_distribution,
+        s.InducedDistributionSettings,
+        "experiment induced-distribution runs/half --images 100 --net-epochs 2 --probe 10",
+        "run",
+        "A run directory with kept epochs.",
+        resumes=True,
+    ),
     "demo": Command(demo, s.DemoSettings, "demo --out runs/demo --epochs 2", resumes=True),
 }
-GROUPS = {"analyze": "Measure a trained model."}
+GROUPS = {
+    "analyze": "Measure a trained model.",
+    "experiment": "Train models to learn something about training.",
+}

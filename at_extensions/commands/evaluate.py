@@ -106,6 +106,11 @@ def _test_split(settings: EvaluateSettings, recorded: Mapping[str, Any]) -> tupl
     chosen = {key: getattr(settings, key) for key in ("image_size", "num_classes", "severity")}
     if settings.data is None:
         chosen = {key: recorded.get(key) if value is None else value for key, value in chosen.items()}
+    if settings.data is None and recorded.get("inject_beta") is not None:
+        raise ValueError(
+            "this run's images have injected features and leave [0, 1], in which AutoAttack searches; give --data "
+            f"{recorded['name']} to evaluate it on the images without them"
+        )
     data = {"name": settings.data or recorded["name"], "root": settings.root or recorded.get("root")}
     data |= {key: value for key, value in chosen.items() if value is not None}
     return data, load_test(data["name"], root=data["root"], **chosen)

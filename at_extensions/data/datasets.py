@@ -13,6 +13,7 @@ import torch
 from at_extensions.checks import check_count, check_number, unknown_name
 from at_extensions.data.corruptions import read_corruptions
 from at_extensions.data.folder import read_folder
+from at_extensions.data.injection import Injection
 from at_extensions.data.label_noise import corrupt_labels
 from at_extensions.data.long_tail import kept_samples, largest_head, long_tail_counts
 from at_extensions.data.npz import read_npz
@@ -45,6 +46,7 @@ def load_dataset(
     seed: int = 0,
     image_size: int | None = None,
     num_classes: int | None = None,
+    inject: Injection | None = None,
 ) -> Splits:
     """Read a data set and return its train, val and test splits; nothing is ever downloaded.
 
@@ -71,11 +73,14 @@ def load_dataset(
         image_size: Side in pixels of the images that a folder gives, 224 if None; other data sets have their own.
         num_classes: Number of classes of an npz file; the largest training label plus one if None. Classes without
             training samples are named in a warning.
+        inject: Features to put into the images of all splits, after all else; they become float images that may leave
+            [0, 1] (``splits.image_range``).
 
     Raises:
         FileNotFoundError: The data are not there; the message says how to get them.
-        TypeError: Arguments or arrays of the wrong type.
-        ValueError: An unknown name, numbers out of range, a damaged file, classes too small for the split.
+        TypeError: Arguments or arrays of the wrong type, or features for images that are not in memory.
+        ValueError: An unknown name, numbers out of range, a damaged file, classes too small for the split, images that
+            allow no such features.
     """
     check_number("val_fraction", val_fraction, at_least=0, below=1)
     source = _read(str(name_or_path), root, image_size, num_classes)
@@ -88,8 +93,9 @@ def load_dataset(
     if imbalance_ratio is not None:
         train = _cut_tail(train, imbalance_ratio, imbalance_kind, seed)
     if label_noise is not None:
-        train = _corrupt(train, label_noise, seed)
-    return Splits(train, val, test, train.num_classes, train.class_counts, train.name)
+        train = with_label_noise(train, label_noise, seed)
+    splits = Splits(train, val, test, train.num_classes, train.class_counts, train.name)
+    return splits if inject is None else inject.into(splits)
 
 
 def load_test(
@@ -244,7 +250,19 @@ def _cut_tail(train: LabelledSplit, ratio: float, kind: str, seed: int) -> Label
     return train.select(kept_samples(train.labels, counts, seeded_generator(seed, _TAIL)))
 
 
-def _corrupt(train: LabelledSplit, label_noise: float | Sequence, seed: int) -> LabelledSplit:
+def with_label_noise(train: LabelledSplit, label_noise: float | Sequence, seed: int) -> LabelledSplit:
+    """Return a split with labels redrawn at random; its ``clean_labels`` are those of the given one.
+
+    Of one seed, the labels that a rate redraws are among those that a larger rate redraws, and become the same.
+
+    Args:
+        train: The split.
+        label_noise: A rate in [0, 1], or ``(rate, kind)`` with the kinds of ``corrupt_labels``.
+        seed: Which labels are redrawn, and what they become.
+
+    Raises:
+        TypeError, ValueError: A rate or a kind that cannot be right.
+    """
     if isinstance(label_noise, (tuple, list)) and len(label_noise) != 2:
         raise ValueError(f"label_noise must be a rate or (rate, kind), got {label_noise!r}")
     rate, kind = label_noise if isinstance(label_noise, (tuple, list)) else (label_noise, "uniform")

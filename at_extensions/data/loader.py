@@ -1,4 +1,4 @@
-"""Batches of splits: from bytes that live on the device, or from files that workers decode."""
+"""Batches of splits: from images in memory that live on the device, or from files that workers decode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from at_extensions.checks import check_count, check_name
 from at_extensions.data.augment import AUGMENTATIONS, CropFlip
 from at_extensions.data.folder import AugmentedFiles, FolderSplit
-from at_extensions.data.split import ImageSplit, LabelledSplit, to_unit_interval
+from at_extensions.data.split import FloatSplit, ImageSplit, LabelledSplit, to_unit_interval
 
 
 def make_loader(
@@ -30,9 +30,10 @@ def make_loader(
 ) -> BatchLoader:
     """Return a loader of ``(x, y, index)`` batches.
 
-    ``x`` is float32 (B, C, H, W) in [0, 1], ``y`` int64 (B,), ``index`` int64 (B,): each sample's position in
-    ``split``. All three are on ``device``. Images in memory are kept on the device as bytes and augmented there;
-    those of a folder are decoded and augmented by worker processes.
+    ``x`` is float32 (B, C, H, W) in the split's ``image_range``, which the loader has too; ``y`` int64 (B,); ``index``
+    int64 (B,): each sample's position in ``split``. All three are on ``device``. Images in memory are kept on the
+    device, as bytes where they come as bytes, and augmented there; those of a folder are decoded and augmented by
+    worker processes.
 
     An epoch's order and augmentations are drawn when its iteration begins, from ``generator`` alone, so the same
     generator state gives the same batches bit for bit. Under several processes give each the same seed: step i of
@@ -59,9 +60,10 @@ def make_loader(
     Raises:
         TypeError: Not a split, or counts that are not whole numbers.
         ValueError: Numbers out of range, an unknown augmentation, a split smaller than one full step when
-            ``drop_last`` is set, or workers for images in memory.
+            ``drop_last`` is set, workers for images in memory, or crops of images whose range does not hold 0.
     """
-    if not isinstance(split, (ImageSplit, FolderSplit)):
+    in_memory = isinstance(split, (ImageSplit, FloatSplit))
+    if not in_memory and not isinstance(split, FolderSplit):
         raise TypeError(f"split must be an ImageSplit, such as load_dataset(...).train, got {type(split).__name__}")
     check_count("batch_size", batch_size)
     check_name("augmentation", augment, AUGMENTATIONS)
@@ -73,19 +75,26 @@ def make_loader(
             f"{split.name} has {len(split)} samples, not enough for one step of {batch_size} x {world_size}; use a "
             "smaller batch_size or drop_last=False"
         )
-    if workers is not None and check_count("workers", workers) and isinstance(split, ImageSplit):
+    if workers is not None and check_count("workers", workers) and in_memory:
         raise ValueError("workers decode the images of a folder; images in memory need none")
+    low, high = split.image_range
+    if augment != "none" and not low <= 0 <= high:
+        raise ValueError(f"crops pad images by zeros, which [{low:g}, {high:g}] does not hold; use augment='none'")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     device = torch.device(device)
     common = (split, batch_size, augment, shuffle, generator, device, drop_last, rank, world_size)
-    if isinstance(split, ImageSplit):
+    if in_memory:
         return MemoryLoader(*common)
     return FolderLoader(*common, workers=workers or min(8, os.cpu_count() or 1))
 
 
 class BatchLoader:
-    """Batches of a split, made by ``make_loader``; iterate over it once an epoch."""
+    """Batches of a split, made by ``make_loader``; iterate over it once an epoch.
+
+    Attributes:
+        image_range: Lowest and highest value of the images.
+    """
 
     def __init__(
         self,
@@ -102,6 +111,7 @@ class BatchLoader:
         self.split, self.batch_size, self.augment, self.shuffle = split, batch_size, augment, shuffle
         self.generator, self.device, self.drop_last = generator, device, drop_last
         self.rank, self.world_size = rank, world_size
+        self.image_range = split.image_range
         self._labels = split.labels.to(device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -148,7 +158,7 @@ class BatchLoader:
 
 
 class MemoryLoader(BatchLoader):
-    """Batches of an ``ImageSplit``, whose bytes live on the device; no batch synchronises with the host."""
+    """Batches of a split in memory, whose images live on the device; no batch synchronises with the host."""
 
     def __init__(self, *common):
         super().__init__(*common)
@@ -171,7 +181,9 @@ class MemoryLoader(BatchLoader):
         images = self._images.index_select(0, index)
         if crops is not None:
             images = crops.apply(images, part.start)
-        return to_unit_interval(images), self._labels.index_select(0, index), index
+        if images.dtype == torch.uint8:
+            images = to_unit_interval(images)
+        return images, self._labels.index_select(0, index), index
 
 
 class FolderLoader(BatchLoader):

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from at_extensions.checks import check_count, check_labels
+from at_extensions.checks import check_count, check_images, check_labels, check_range
 
 
 class LabelledSplit(Dataset):
     """A map-style dataset of ``(image, label)`` with known labels: the base of splits in memory and on disk.
 
-    ``split[i]`` is ``(image, label)``: a float32 image (C, H, W) in [0, 1] and an int. The position ``i`` from 0 to
-    ``len(split) - 1`` is the sample's index, the one that loaders hand out, and never changes.
+    ``split[i]`` is ``(image, label)``: a float32 image (C, H, W) in ``image_range`` and an int. The position ``i`` from
+    0 to ``len(split) - 1`` is the sample's index, the one that loaders hand out, and never changes.
+
+    Attributes:
+        image_range: Lowest and highest value that images may have; (0.0, 1.0) but for a ``FloatSplit``.
     """
 
     labels: Tensor
@@ -25,6 +28,7 @@ class LabelledSplit(Dataset):
     name: str
     class_names: tuple[str, ...] | None
     clean_labels: Tensor | None
+    image_range: tuple[float, float] = (0.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,7 +52,7 @@ class LabelledSplit(Dataset):
         raise NotImplementedError
 
     def tensors(self, n: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first ``n`` samples (all if None): float32 images (n, C, H, W) in [0, 1] and labels (n,).
+        """Return the first ``n`` samples (all if None): float32 images (n, C, H, W) in ``image_range``, labels (n,).
 
         Raises:
             ValueError: There are fewer than ``n`` samples.
@@ -64,10 +68,24 @@ class LabelledSplit(Dataset):
         Raises:
             ValueError: There are fewer than ``n`` samples.
         """
+        return self.select(self._drawn(n, seed)[:n].sort().values)
+
+    def divide(self, n: int, seed: int = 0) -> tuple[LabelledSplit, LabelledSplit]:
+        """Return ``subset(n, seed)``, and the samples that it leaves, in order.
+
+        Raises:
+            ValueError: There are no more than ``n`` samples, so that none would be left.
+        """
+        if check_count("n", n) >= len(self):
+            raise ValueError(f"{n} samples of {self.name}, which has {len(self)}, leave none")
+        drawn = self._drawn(n, seed)
+        return self.select(drawn[:n].sort().values), self.select(drawn[n:].sort().values)
+
+    def _drawn(self, n: int, seed: int) -> Tensor:
+        """Return all indices (N,), shuffled so that the first ``n`` are spread evenly over the classes."""
         self._check_size(n)
         ranks = ranks_in_class(self.labels, self.num_classes, seeded_generator(seed))
-        dealt = torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
-        return self.select(dealt[:n].sort().values)
+        return torch.argsort(ranks * self.num_classes + self.labels)  # one of each class, then one more of each, ...
 
     def _check_size(self, n: int) -> int:
         if check_count("n", n) > len(self):
@@ -138,6 +156,60 @@ class ImageSplit(LabelledSplit):
         return to_unit_interval(self.images[:n])
 
 
+@dataclass(eq=False, repr=False)
+class FloatSplit(LabelledSplit):
+    """One split held in memory as float32 images, which may have a range of their own.
+
+    A method trains on such images once it knows their range, and so does an attack: ``method.image_range =
+    split.image_range``, ``attacks.PGD(model, image_range=split.image_range)``.
+
+    Args:
+        images: float32 (N, C, H, W), on the CPU.
+        labels: Class numbers (N,); stored as int64.
+        num_classes: How many classes there are, K.
+        name: Name of the data in reports.
+        class_names: K names, where they are known.
+        clean_labels: The labels before any were corrupted (N,); ``labels`` if None.
+        image_range: Lowest and highest value that images may have.
+
+    Raises:
+        TypeError: Images that are not float32, labels that are not whole numbers, a range that is not two numbers.
+        ValueError: Wrong shapes, no samples, images out of range or not finite, labels out of range.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    name: str = "images"
+    class_names: tuple[str, ...] | None = None
+    clean_labels: Tensor | None = None
+    image_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        self.image_range = check_range(self.image_range)
+        check_images(self.images, limits=self.image_range)
+        if self.images.dtype != torch.float32:
+            raise TypeError(f"images must be float32, got {self.images.dtype}; use images.float()")
+        self._check_labels(len(self.images))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index].clone(), int(self.labels[index])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        return tuple(self.images.shape[1:])
+
+    def select(self, index: Tensor) -> FloatSplit:
+        """Return the samples at ``index`` (n,), in that order, as a split of its own, numbered from 0."""
+        return replace(
+            self, images=self.images[index], labels=self.labels[index], clean_labels=self.clean_labels[index]
+        )
+
+    def _first_images(self, n: int) -> Tensor:
+        return self.images[:n].clone()
+
+
 @dataclass(repr=False)
 class Splits:
     """A data set ready for training.
@@ -168,12 +240,20 @@ class Splits:
         """Shape (C, H, W) of one image."""
         return self.train.image_shape
 
+    @property
+    def image_range(self) -> tuple[float, float]:
+        """Lowest and highest value that images of any of the splits may have."""
+        lows, highs = zip(*(split.image_range for split in (self.train, self.val, self.test) if split is not None))
+        return min(lows), max(highs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return a description that identifies the splits, in plain numbers and strings."""
+        ranged = {} if self.image_range == (0.0, 1.0) else {"image_range": list(self.image_range)}
         return {
             "name": self.name,
             "num_classes": self.num_classes,
             "image_shape": list(self.image_shape),
+            **ranged,
             "train_size": len(self.train),
             "val_size": 0 if self.val is None else len(self.val),
             "test_size": len(self.test),
@@ -189,6 +269,8 @@ class Splits:
                 lines.append(f"{role:<6}{0:>8}")
                 continue
             lines.append(f"{role:<6}{len(split):>8}  {_span(split.class_counts)}")
+        if self.image_range != (0.0, 1.0):
+            lines.append("range of values: {:.4g} to {:.4g}".format(*self.image_range))
         corrupted = self.to_dict()["corrupted_labels"]
         return "\n".join(lines + ([f"corrupted training labels: {corrupted}"] if corrupted else []))
 

@@ -1,6 +1,6 @@
 """Robust accuracy through AutoAttack, and accuracy under any torchattacks attack."""
 
-from at_extensions.evaluation.accuracy import accuracy, count_correct
+from at_extensions.evaluation.accuracy import accuracy, count_correct, predictions
 from at_extensions.evaluation.autoattack import evaluate
 from at_extensions.evaluation.flags import Flag
 from at_extensions.evaluation.report import Examples, RobustnessReport
@@ -13,5 +13,6 @@ __all__ = [
     "accuracy",
     "count_correct",
     "evaluate",
+    "predictions",
     "state_digest",
 ]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack
 
-from at_extensions.attacks import RandomStream, attacking, check_attack, perturb
-from at_extensions.checks import check_count, check_logits, check_model, device_of
+from at_extensions.attacks import RandomStream, attacking, check_attack, perturb, range_of
+from at_extensions.checks import check_count, check_logits, check_model, check_range, device_of
 from at_extensions.evaluation.precision import check_precision
 from at_extensions.evaluation.samples import Samples, as_images, as_labels, is_array
 from at_extensions.evaluation.searching import search_model
@@ -26,6 +26,7 @@ def accuracy(
     batch_size: int = 250,
     seed: int = 0,
     search: str | None = None,
+    image_range: tuple[float, float] | None = None,
 ) -> float:
     """Return the share of samples that the model, in eval mode, classifies correctly, clean or under an attack.
 
@@ -41,12 +42,15 @@ def accuracy(
         seed: Of the attack's random draws: the same call gives the same number.
         search: ``"fp32"`` or ``"bf16"``: the attack searches in that precision on the model with its BatchNorm folded,
             which is faster; the model itself classifies the adversarial examples. None searches on the model itself.
+        image_range: Range of the images. None means that of ``data``, where it has one as splits and loaders do; else
+            that of the attack, which is [0, 1] unless it was made with another.
 
     Raises:
         TypeError: Arguments of the wrong type.
-        ValueError: Images or labels out of range, an attack on another model, no samples.
+        ValueError: Images or labels out of range, an attack on another model or in another range, no samples.
     """
-    counts = _count(model, data, labels, attack, batch_size, seed, search, check=True)
+    limits = _limits(data, attack, image_range)
+    counts = _count(model, data, labels, attack, batch_size, seed, search, limits, check=True)
     correct, total, foreign, outside = counts.tolist()
     if total == 0:
         raise ValueError("the data holds no samples")
@@ -54,8 +58,8 @@ def accuracy(
         raise ValueError(f"{foreign} labels are not class numbers of the model; they must lie in [0, K) for K logits")
     if outside:
         raise ValueError(
-            f"{outside} images hold values outside [0, 1]; normalisation belongs inside the model "
-            "(create_model(..., mean=, std=)), not in the data"
+            f"{outside} images hold values outside [{limits[0]:g}, {limits[1]:g}]; normalisation belongs inside the "
+            "model (create_model(..., mean=, std=)), not in the data"
         )
     return correct / total
 
@@ -69,13 +73,39 @@ def count_correct(
     batch_size: int = 250,
     seed: int = 0,
     search: str | None = None,
+    image_range: tuple[float, float] | None = None,
 ) -> Tensor:
     """Return the numbers of correctly classified samples and of samples, as a tensor (2,) on the model's device.
 
     Arguments as in ``accuracy``. Batches of an iterable are not checked for their range of values, so that the host is
     not synchronised with the device. Counts of several processes can be added up.
     """
-    return _count(model, data, labels, attack, batch_size, seed, search)[:2]
+    return _count(model, data, labels, attack, batch_size, seed, search, _limits(data, attack, image_range))[:2]
+
+
+def predictions(
+    model: nn.Module,
+    data: Any,
+    labels: Tensor | None = None,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    search: str | None = None,
+    image_range: tuple[float, float] | None = None,
+) -> Tensor:
+    """Return the predicted class of each sample, clean or under an attack against its label, as int64 (N,) on the CPU.
+
+    Arguments as in ``accuracy``.
+    """
+    found: list[Tensor] = []
+    limits = _limits(data, attack, image_range)
+
+    def judge(_: Tensor, logits: Tensor, y: Tensor) -> None:
+        found.append(logits.argmax(1))
+
+    _judge(model, data, labels, attack, batch_size, seed, search, limits, judge)
+    return torch.cat(found).cpu()
 
 
 def count_correct_by_class(
@@ -87,10 +117,16 @@ def count_correct_by_class(
     batch_size: int = 250,
     seed: int = 0,
     search: str | None = None,
+    image_range: tuple[float, float] | None = None,
 ) -> Tensor:
     """Return ``count_correct`` of each class, as a tensor (num_classes, 2) on the model's device."""
     counts = torch.zeros(num_classes, 2, dtype=torch.long, device=device_of(check_model(model)))
-    _judge(model, data, None, attack, batch_size, seed, search, lambda _, logits, y: add_by_class(counts, logits, y))
+    limits = _limits(data, attack, image_range)
+
+    def judge(_: Tensor, logits: Tensor, y: Tensor) -> None:
+        add_by_class(counts, logits, y)
+
+    _judge(model, data, None, attack, batch_size, seed, search, limits, judge)
     return counts
 
 
@@ -108,9 +144,10 @@ def _count(
     batch_size: int,
     seed: int,
     search: str | None,
+    limits: tuple[float, float],
     check: bool = False,
 ) -> Tensor:
-    """Numbers of correct samples, samples, labels without a logit and, if ``check``, images outside [0, 1] (4,)."""
+    """Numbers of correct samples, samples, labels without a logit and, if ``check``, images outside ``limits`` (4,)."""
     counts = torch.zeros(4, dtype=torch.long, device=device_of(check_model(model)))
 
     def judge(x: Tensor, logits: Tensor, y: Tensor) -> None:
@@ -118,9 +155,9 @@ def _count(
         counts[1] += len(y)
         counts[2] += ((y < 0) | (y >= logits.shape[1])).sum()
         if check:
-            counts[3] += (~((x >= 0) & (x <= 1))).flatten(1).any(1).sum()  # NaN too
+            counts[3] += (~((x >= limits[0]) & (x <= limits[1]))).flatten(1).any(1).sum()  # NaN too
 
-    _judge(model, data, labels, attack, batch_size, seed, search, judge)
+    _judge(model, data, labels, attack, batch_size, seed, search, limits, judge)
     return counts
 
 
@@ -132,6 +169,7 @@ def _judge(
     batch_size: int,
     seed: int,
     search: str | None,
+    limits: tuple[float, float],
     judge: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
     """Call ``judge`` with the images of each batch, and the logits and labels of the images or adversarial examples."""
@@ -143,7 +181,7 @@ def _judge(
         check_attack(attack, model)
     stream, searched = RandomStream(seed), None
     with random_state_kept(), attacking(model), torch.no_grad():
-        for x, y in _batches(data, labels, batch_size):
+        for x, y in _batches(data, labels, batch_size, limits):
             x, y = x.to(device, dtype, non_blocking=True), y.to(device, torch.int64, non_blocking=True)
             judged = x
             if attack is not None:
@@ -158,9 +196,23 @@ def _floating_type(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _batches(data: Any, labels: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _limits(data: Any, attack: Attack | None, given: tuple[float, float] | None) -> tuple[float, float]:
+    """Return the range of the images; an attack must clip to it."""
+    limits = getattr(data, "image_range", None) if given is None else check_range(given)
+    if attack is None:
+        return limits or (0.0, 1.0)
+    clipped = range_of(check_attack(attack))
+    if limits is not None and clipped != limits:
+        raise ValueError(
+            f"{attack.attack} clips images to [{clipped[0]:g}, {clipped[1]:g}], but these lie in [{limits[0]:g}, "
+            f"{limits[1]:g}]; use attacks.PGD or attacks.NFGSM with image_range={limits}"
+        )
+    return clipped
+
+
+def _batches(data: Any, labels: Any, batch_size: int, limits: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor]]:
     if is_array(data) or _is_dataset(data):
-        samples = Samples(data, labels)
+        samples = Samples(data, labels, limits=limits)
         for rows in torch.arange(len(samples)).split(batch_size):
             yield samples.fetch(rows)
         return

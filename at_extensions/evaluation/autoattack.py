@@ -93,6 +93,7 @@ def evaluate(
     attacks = _attack_names(check_name("version", version, VERSIONS), attacks, norm)
     device = device_of(_check_float32(check_model(model)))
     check_precision("precision", precision, device)
+    _check_unit_interval(data)
     samples = Samples(data, labels, n_examples=n_examples, seed=check_count("seed", seed, at_least=0))
     batch_size = default_batch_size(samples) if batch_size is None else check_count("batch_size", batch_size)
     attackers = make_attackers(None, norm, eps, device, only_verdicts=True)
@@ -146,6 +147,16 @@ def _attack_names(version: str, attacks: Sequence[str] | None, norm: str) -> tup
     if isinstance(attacks, str) or not attacks or len(set(attacks)) < len(attacks):
         raise ValueError(f"attacks must be a list of different names, got {attacks!r}")
     return tuple(check_name("attack", name, ATTACKS) for name in attacks)
+
+
+def _check_unit_interval(data: Any) -> None:
+    """Refuse a split whose images may leave [0, 1], before one of them happens to."""
+    low, high = getattr(data, "image_range", (0.0, 1.0))
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"AutoAttack searches within [0, 1], these images lie in [{low:.4g}, {high:.4g}]; use accuracy(model, "
+            "data, attack=attacks.PGD(model, eps, image_range=data.image_range)), or images without injected features"
+        )
 
 
 def _check_float32(model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ class Samples:
         labels: Class numbers (N,), of any integer type, for images in a tensor or array.
         n_examples: Take a random subset of this many, drawn by ``seed``; None takes all.
         seed: Draws the subset.
+        limits: Another range of images than [0, 1].
 
     Attributes:
         indices: Position of each row in ``data`` (n,).
@@ -36,13 +37,22 @@ class Samples:
         ValueError: Images outside [0, 1], or fewer samples than ``n_examples``.
     """
 
-    def __init__(self, data: Any, labels: Any = None, *, n_examples: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        data: Any,
+        labels: Any = None,
+        *,
+        n_examples: int | None = None,
+        seed: int = 0,
+        limits: tuple[float, float] = (0.0, 1.0),
+    ):
+        self._limits = limits
         self._arrays = is_array(data)
         if self._arrays:
             if labels is None:
                 raise TypeError("data are images alone, so labels (B,) are needed too")
             data, labels = as_images(data, "data"), as_labels(labels)
-            check_images(data, name="data")
+            check_images(data, name="data", limits=limits)
             check_labels(labels, size=len(data))
         elif not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             hint = "; pass loader.dataset" if hasattr(data, "dataset") else ""
@@ -81,7 +91,7 @@ class Samples:
             images = self._data[index.to(self._data.device)]
             labels = self._labels[index.to(self._labels.device)]
         else:
-            images, labels = _stack(self._data, index.tolist())
+            images, labels = _stack(self._data, index.tolist(), self._limits)
         images = images.detach().float().contiguous()
         return images, labels.to(images.device, torch.int64)
 
@@ -148,7 +158,7 @@ def _draw(total: int, n_examples: int | None, seed: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n_examples].sort().values
 
 
-def _stack(dataset: Any, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _stack(dataset: Any, indices: Sequence[int], limits: tuple[float, float]) -> tuple[Tensor, Tensor]:
     items = [dataset[i] for i in indices]
     for i, item in zip(indices, items):
         if not isinstance(item, (tuple, list)) or len(item) < 2:
@@ -163,6 +173,6 @@ def _stack(dataset: Any, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
                 f"dataset[{i}] has shape {tuple(item[0].shape)}, dataset[{indices[0]}] {tuple(items[0][0].shape)}; "
                 "resize and crop to one size"
             )
-    images = check_images(torch.stack([item[0] for item in items]), name="the dataset's images")
+    images = check_images(torch.stack([item[0] for item in items]), name="the dataset's images", limits=limits)
     labels = torch.tensor([int(item[1]) for item in items])
     return images, check_labels(labels)

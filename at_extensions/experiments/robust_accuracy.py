@@ -11,7 +11,7 @@ from torch import nn
 
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_count, check_eps, check_name, parse_fraction
-from at_extensions.data import load_dataset
+from at_extensions.data import Injection, load_dataset
 from at_extensions.data.split import LabelledSplit
 from at_extensions.evaluation import RobustnessReport, count_correct, evaluate
 from at_extensions.evaluation.accuracy import count_correct_by_class
@@ -29,7 +29,8 @@ class RobustAccuracy:
     For robust overfitting, ``checkpoints=("best", "last")`` meets both with AutoAttack, on the same images.
 
     Clean accuracy and PGD (Linf, step size eps / 4) use all test images. Attacks search on the folded model; the model
-    as given judges in fp32. After long-tailed training accuracies are also given by class and for head,
+    as given judges in fp32. Images of a run with injected features have them here too; AutoAttack, which searches
+    within [0, 1], must then be left out. After long-tailed training accuracies are also given by class and for head,
     medium and tail classes.
 
     Attributes:
@@ -70,11 +71,20 @@ class RobustAccuracy:
         trained = config["data"]
         class_counts = trained["class_counts"] if trained["imbalance_ratio"] else None
         eps = parse_fraction(config["method"]["eps"] if self.eps is None else self.eps)
+        attacked = self.autoattack != 0 and (cell.first_seed or self.every_seed)
+        if attacked and trained.get("inject_beta") is not None:
+            raise ValueError(
+                "AutoAttack searches within [0, 1]; measure injected features by RobustAccuracy(autoattack=0)"
+            )
         test = load_dataset(
-            trained["name"], root=trained.get("root"), image_size=trained.get("image_size"), val_fraction=0.0
+            trained["name"],
+            root=trained.get("root"),
+            image_size=trained.get("image_size"),
+            val_fraction=0.0,
+            inject=Injection.recorded(trained),
         ).test
         result = self._by_epoch(run, test, class_counts, eps)
-        if self.autoattack != 0 and (cell.first_seed or self.every_seed):
+        if attacked:
             images = test if self.autoattack is None else test.subset(self.autoattack)
             if self.checkpoints is None:
                 found = self._attacked(
@@ -137,7 +147,7 @@ class RobustAccuracy:
             model = load_model(run.weights(kind)).to(own_device())
             result[kind] = {"clean": self._accuracies(model, test, class_counts)}
             if self.pgd_steps:
-                attack = PGD(model, eps, eps / 4, self.pgd_steps)
+                attack = PGD(model, eps, eps / 4, self.pgd_steps, image_range=test.image_range)
                 result[kind][f"pgd{self.pgd_steps}"] = self._accuracies(model, test, class_counts, attack)
         return result
 

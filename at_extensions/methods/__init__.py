@@ -3,11 +3,12 @@
 from at_extensions.methods.awp import AWP
 from at_extensions.methods.balanced_softmax import BalancedSoftmaxAT
 from at_extensions.methods.fgsm import FGSMAT
+from at_extensions.methods.grad_align import GradAlign, grad_align_weight
 from at_extensions.methods.mart import MART
 from at_extensions.methods.method import Method, Step, check_takes_loss
 from at_extensions.methods.pgd import PGDAT
 from at_extensions.methods.reat import REAT
-from at_extensions.methods.registry import create_method, list_methods
+from at_extensions.methods.registry import create_method, list_methods, method_options
 from at_extensions.methods.standard import Standard
 from at_extensions.methods.temporal_ensembling import TemporalEnsembling
 from at_extensions.methods.trades import TRADES
@@ -21,6 +22,7 @@ __all__ = [
     "REAT",
     "TRADES",
     "BalancedSoftmaxAT",
+    "GradAlign",
     "Method",
     "Standard",
     "Step",
@@ -28,5 +30,7 @@ __all__ = [
     "Wrapping",
     "check_takes_loss",
     "create_method",
+    "grad_align_weight",
     "list_methods",
+    "method_options",
 ]

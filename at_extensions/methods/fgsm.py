@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torchattacks
 from torch import nn
 from torchattacks.attack import Attack
 
-from at_extensions.attacks import NFGSM
+from at_extensions.attacks import NFGSM, PGD
 from at_extensions.checks import check_eps, check_name, check_number
 from at_extensions.methods.method import Method
 from at_extensions.methods.registry import register
@@ -18,9 +17,9 @@ VARIANTS = ("n", "rs", "plain")
 class FGSMAT(Method):
     """Adversarial training with one gradient step.
 
-    - ``"plain"``: FGSM (Goodfellow et al. 2015), torchattacks' FGSM: x + eps sign(grad).
-    - ``"rs"``: RS-FGSM (Wong et al. 2020, "Fast is better than free"), torchattacks' FFGSM: uniform start in the
-      eps-ball, step alpha = 1.25 eps, projected.
+    - ``"plain"``: FGSM (Goodfellow et al. 2015): x + eps sign(grad), ``attacks.PGD`` with one step from the image.
+    - ``"rs"``: RS-FGSM (Wong et al. 2020, "Fast is better than free"), ``attacks.PGD`` with one step of
+      alpha = 1.25 eps from a uniform start in the eps-ball.
     - ``"n"``: N-FGSM (de Jorge et al. 2022), ``attacks.NFGSM``: uniform noise of k eps, step alpha = eps, unprojected.
 
     Single-step training can fall into catastrophic overfitting: FGSM accuracy rises while PGD accuracy collapses.
@@ -67,10 +66,10 @@ def _attack(model: nn.Module, variant: str, eps: float, alpha: float | None, k: 
     if k is not None:
         raise ValueError(f"k is N-FGSM's noise radius; variant {variant!r} takes none")
     if variant == "rs":
-        return torchattacks.FFGSM(model, eps=eps, alpha=1.25 * eps if alpha is None else alpha)
+        return PGD(model, eps, 1.25 * eps if alpha is None else alpha, steps=1)
     if alpha not in (None, eps):
         raise ValueError(f"plain FGSM steps by eps={eps:g}; it takes no alpha")
-    return torchattacks.FGSM(model, eps=eps)
+    return PGD(model, eps, eps, steps=1, start="zero")
 
 
 @register("fgsm", "FGSM-AT (Goodfellow et al. 2015): one step of eps, no noise; overfits catastrophically")

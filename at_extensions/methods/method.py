@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchattacks.attack import Attack
 
+from at_extensions import attacks
 from at_extensions.attacks import Loss, RandomStream, attacking, check_attack, first_pass, perturb
-from at_extensions.checks import check_logits, check_model, check_name
+from at_extensions.checks import check_logits, check_model, check_name, check_range
 from at_extensions.folding import FoldedTwin, TwinChoice, count_steps, fold_batchnorm, refreshed
 from at_extensions.methods._guard import BatchGuard, check_kinds
 from at_extensions.untouched import BATCHNORM
@@ -96,6 +97,8 @@ class Method(nn.Module):
         self._prepare()
         self.model = _check_raw(model)
         self.attack = None if attack is None else check_attack(attack, model)
+        if attack is not None:
+            self._guard.limits = attacks.range_of(attack)
         self.batchnorm = check_name("batchnorm", batchnorm, BATCHNORM)
         self.stream = RandomStream(seed)
         self.keep_first_pass, self.first_pass = False, None
@@ -168,11 +171,21 @@ class Method(nn.Module):
 
     @property
     def image_range(self) -> tuple[float, float]:
-        """Range of the images, (0, 1) unless set otherwise."""
+        """Range of the images: that of the attack, [0, 1] unless set otherwise.
+
+        Setting it sets the attack's, as for a split whose images have a range of their own: ``split.image_range``.
+
+        Raises:
+            TypeError: Not two numbers.
+            ValueError: Not in order, or the attack clips images to [0, 1] whatever they are, as torchattacks' own do.
+        """
         return self._guard.limits
 
     @image_range.setter
     def image_range(self, limits: tuple[float, float]) -> None:
+        limits = check_range(limits)
+        if self.attack is not None:
+            attacks.set_range(self.attack, limits)
         self._guard.limits = limits
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor | None = None, *, loss: Loss | None = None) -> Tensor:
@@ -241,6 +254,7 @@ class Method(nn.Module):
             y: Class numbers (B,).
             loss: Loss to maximise instead of cross-entropy, for attacks that take one: logits to a scalar or (B,).
         """
+        attacks.set_range(self.attack, self.image_range)  # the attack may have been exchanged
         recorded = first_pass(self.attack) if self.keep_first_pass else contextlib.nullcontext()
         turn = self._choice.turn(x, count_steps(self.attack), self._step_twin)
         with self._one_step(), recorded as self.first_pass, turn as twin:

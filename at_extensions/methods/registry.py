@@ -28,6 +28,16 @@ def list_methods() -> dict[str, str]:
     return {name: description for name, (_, description) in sorted(_METHODS.items())}
 
 
+def method_options(name: str) -> list[str]:
+    """Return the names of a method's options.
+
+    Raises:
+        ValueError: Unknown name; the nearest ones are named.
+    """
+    factory = _METHODS[check_name("method", name, _METHODS)][0]
+    return [p for p in inspect.signature(factory).parameters if p != "model"]
+
+
 def create_method(name: str, model: nn.Module, *, offered: dict | None = None, **options) -> Method:
     """Build a method by name.
 
@@ -41,8 +51,7 @@ def create_method(name: str, model: nn.Module, *, offered: dict | None = None, *
     Raises:
         ValueError: Unknown name or option; the nearest ones are named.
     """
-    factory = _METHODS[check_name("method", name, _METHODS)][0]
-    known = [p for p in inspect.signature(factory).parameters if p != "model"]
+    known, factory = method_options(name), _METHODS[name][0]
     for option in options:
         if option not in known:
             raise unknown_name(f"option of method {name!r}", option, known)

@@ -60,6 +60,16 @@ class Wrapping(Method):
         self.inner.attack = attack
 
     @property
+    def image_range(self) -> tuple[float, float]:
+        """Range of the images, the inner method's."""
+        return self.inner.image_range
+
+    @image_range.setter
+    def image_range(self, limits: tuple[float, float]) -> None:
+        self.inner.image_range = limits
+        self._guard.limits = self.inner.image_range
+
+    @property
     def batchnorm(self) -> str:
         """BatchNorm's mode during the attack, as in ``Method``."""
         return self.inner.batchnorm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from at_extensions.publishing.figures import INK, hue_of, new_figure, shorten, styled
+from at_extensions.publishing.figures import INK, hue_of, logarithmic, new_figure, shorten, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,9 +32,10 @@ def instability_curves(results: Mapping[str, GradientInstability]) -> Figure:
     panels[0].set(title="|G(s) - G(0)| / |G(0)|", xlabel="step length s / lr")
     panels[0].set_ylim(bottom=0)
     panels[1].set(title="cosine of G(s) and G(0)", xlabel="step length s / lr")
-    if all(s > 0 for found in results.values() for s in found.steps):
+    steps = sorted({s for found in results.values() for s in found.steps})
+    if steps[0] > 0:
         for axes in panels:
-            axes.set_xscale("log")
+            logarithmic(axes, steps)
     entries = [Line2D([], [], color=hue_of(i), label=shorten(name)) for i, name in enumerate(results)]
     entries += [
         Line2D([], [], color=INK, linestyle=s, label=t) for s, t in (("-", "attack recomputed"), ("--", "frozen"))

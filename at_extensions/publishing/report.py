@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from at_extensions.analysis.collapse import CatastrophicOverfitting, catastrophic_overfitting
 from at_extensions.analysis.overfitting import FEWEST_EPOCHS, KEY, RobustOverfitting, robust_overfitting
 from at_extensions.publishing import figures, plots, sweep_plots
+from at_extensions.publishing.measurements import measurements
 from at_extensions.publishing.model_info import eps_fraction
 from at_extensions.publishing.pages import compact_yaml, render
 from at_extensions.publishing.reproduction import evaluate_command, train_command
@@ -57,10 +59,23 @@ class _Run:
 
     @property
     def overfitting(self) -> RobustOverfitting | None:
-        """Robust overfitting of the run; None after clean training, or with too few epochs validated under attack."""
+        """Robust overfitting of the run; None after clean training, a collapse, or too few epochs under attack."""
         measured = [row for row in self.history if isinstance(row.get(KEY), (int, float))]
-        told = self.named("method") != "standard" and len(measured) >= FEWEST_EPOCHS
+        told = self.named("method") != "standard" and len(measured) >= FEWEST_EPOCHS and self.collapse is None
         return robust_overfitting(measured) if told else None
+
+    @property
+    def collapse(self) -> CatastrophicOverfitting | None:
+        """Catastrophic overfitting of the run; None where no epoch ended collapsed."""
+        if self.named("method") == "standard" or not any(isinstance(r.get(KEY), (int, float)) for r in self.history):
+            return None
+        found = catastrophic_overfitting(self.history)
+        return found if found.collapsed else None
+
+    @property
+    def events(self) -> list[Mapping[str, Any]]:
+        """What observers did, in order: warnings, rollbacks, stops."""
+        return [event for row in self.history for event in row.get("events", [])]
 
     @property
     def minutes(self) -> float | None:
@@ -113,6 +128,7 @@ def write_report(
         correlations=rank_correlations(points),
         sweep_accuracy=_sweep_accuracy(pages)[0],
         triples=_triples(pages, class_names),
+        measured=[found for i, (r, p) in enumerate(zip(runs, pages)) for found in measurements(r.path, p.label, i)],
         command=command or "\n".join(_commands(pages)),
         attacks=plots.attacks_of({label: e for label, e in evaluated.items() if e.get("after_attack")}),
         has_groups=any(e.get("groups") for e in evaluated.values()),

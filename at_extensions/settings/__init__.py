@@ -7,7 +7,12 @@ from at_extensions.settings.analysis import (
     MeasureSettings,
 )
 from at_extensions.settings.evaluation import EvaluateSettings, OwnModelSettings
-from at_extensions.settings.experiments import DemoSettings
+from at_extensions.settings.experiments import (
+    DemoSettings,
+    InducedDistributionSettings,
+    InjectionSettings,
+    RandomLabelsSettings,
+)
 from at_extensions.settings.publishing import (
     LeaderboardSettings,
     Paper,
@@ -31,6 +36,8 @@ __all__ = [
     "DemoSettings",
     "DispersionSettings",
     "EvaluateSettings",
+    "InducedDistributionSettings",
+    "InjectionSettings",
     "InstabilitySettings",
     "LeaderboardSettings",
     "MeasureSettings",
@@ -40,6 +47,7 @@ __all__ = [
     "OwnModelSettings",
     "Paper",
     "PublishSettings",
+    "RandomLabelsSettings",
     "ReportSettings",
     "TrainSettings",
     "VerifySettings",

@@ -65,7 +65,7 @@ class DispersionSettings(MeasureSettings):
 class InstabilitySettings(MeasureSettings):
     """Gradient instability."""
 
-    out: str = option("runs/instability", "Folder to write into.")
+    out: str = option("runs/instability", "Folder to write into; the report of a run shows the one in RUN/instability.")
     method: str = option("pgd", "The training method whose gradient is followed: a name of list_methods().")
     eps: float = option("8/255", "Linf radius of its attack, such as 8/255.", norm="Linf")
     n_examples: int = option(128, "Test images behind the gradient, at most.", at_least=1)

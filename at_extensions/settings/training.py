@@ -38,6 +38,28 @@ class DataSettings(Settings):
         None, "Train on that many images, as evenly over the classes as they allow.", at_least=1
     )
     data_seed: int = option(0, "Seed of the validation split, long tail and label noise.")
+    inject_beta: float | None = option(
+        None, "Amplitude, such as 8/255, of a pattern of the class in all images; see data.carriers."
+    )
+    inject_mode: str = option(
+        "add",
+        "add (x + beta V), orthogonal (all patterns are removed from x first), reverse or reverse_orthogonal (minus), "
+        "or carrier_only (on black).",
+        choices=("add", "orthogonal", "reverse", "reverse_orthogonal", "carrier_only"),
+    )
+    inject_permuted: bool = option(False, "Draw each image's pattern at random, whatever its class: a control.")
+    inject_seed: int = option(0, "Seed of those draws.", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inject_beta is None:
+            for name in ("inject_mode", "inject_permuted", "inject_seed"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} changes nothing without an amplitude; set inject_beta, such as 8/255")
+        elif self.inject_beta != 0:
+            from at_extensions.checks import check_eps
+
+            check_eps(self.inject_beta, name="inject_beta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +115,19 @@ class OptimSettings(Settings):
         None, "Decay of the weights' exponential moving average, such as 0.995; the average is then evaluated."
     )
     clip_grad: float | None = option(None, "Largest L2 norm of the gradient.")
+    guard: str | None = option(
+        None,
+        "Against catastrophic overfitting: warn, stop, or rollback (go back within the epoch and on with the remedy).",
+        choices=("warn", "stop", "rollback"),
+    )
+    guard_remedy: str | None = option(
+        None,
+        "After a rollback: n_fgsm (the default), grad_align, more_steps or lower_alpha.",
+        choices=("n_fgsm", "grad_align", "more_steps", "lower_alpha"),
+    )
+    keep_every: int | None = option(
+        None, "Keep the weights of every so-many-th epoch, beside the last and the best.", at_least=1
+    )
 
 
 _GROUPS = {"data": DataSettings, "method": MethodSettings, "training": OptimSettings}
@@ -116,6 +151,8 @@ class TrainSettings(OptimSettings, MethodSettings, ModelSettings, DataSettings):
         config = {name: {f.name: getattr(self, f.name) for f in fields(group)} for name, group in _GROUPS.items()}
         for name in ("data", "method"):
             config[name] = {"name": config[name].pop(name)} | config[name]
+        if self.inject_beta is None:
+            config["data"] = {key: value for key, value in config["data"].items() if not key.startswith("inject_")}
         return {"model": dict(recipe)} | config | {"seed": self.seed}
 
     @classmethod

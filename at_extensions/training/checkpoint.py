@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from at_extensions import processes
-from at_extensions.runs import RunDirectory, atomic, load_tensors, save_state_dict, save_weights
+from at_extensions.checks import check_count
+from at_extensions.runs import KINDS, RunDirectory, atomic, load_tensors, save_state_dict, save_weights
 from at_extensions.settings import differences
 from at_extensions.training.metrics import numbers
 
@@ -27,16 +28,27 @@ class Checkpointer:
         run_dir: The run's folder, or None.
         resume: Go on from the checkpoint there; False refuses a folder that holds a run.
         config: The run's configuration.
+        keep_every: Keep the weights of every so-many-th epoch; None keeps none.
 
     Raises:
         FileExistsError: ``resume=False`` and the folder holds a run.
-        ValueError: The folder holds a run of another configuration.
+        ValueError: The folder holds a run of another configuration, or there is none to keep weights in.
     """
 
-    def __init__(self, run_dir: str | Path | RunDirectory | None, *, resume: bool, config: dict | None):
+    def __init__(
+        self,
+        run_dir: str | Path | RunDirectory | None,
+        *,
+        resume: bool,
+        config: dict | None,
+        keep_every: int | None = None,
+    ):
         self.run = run_dir if run_dir is None or isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
         self._board, self._digests = None, {}
+        self._keep_every = None if keep_every is None else check_count("keep_every", keep_every)
         if self.run is None:
+            if keep_every is not None:
+                raise ValueError("keep_every keeps weights in the run directory; give run_dir too")
             return
         if not resume and self.run.state_path().exists():
             raise FileExistsError(f"{self.run.path} holds a run; resume it or choose another directory")
@@ -62,9 +74,10 @@ class Checkpointer:
         """
         self._digests = dict(state.get("digests", {}))
         if processes.is_main():
-            for kind, expected in self._digests.items():
-                if expected != _digest(self.run.weights(kind)):
+            for kind in KINDS:
+                if kind in self._digests and self._digests[kind] != _digest(self.run.weights(kind)):
                     self._mend(kind, state, model)
+            self._mend_kept(state["epoch"], model)
         processes.barrier()
 
     def _mend(self, kind: str, state: dict, model: nn.Module) -> None:
@@ -78,6 +91,25 @@ class Checkpointer:
                 return
             save_state_dict(best["model"] if best["ema"] is None else best["ema"], model, path)
         warnings.warn(f"{path} was damaged, or of an epoch that was cut short; it is written anew", stacklevel=2)
+
+    def _mend_kept(self, epoch: int, model: nn.Module) -> None:
+        """Discard kept weights of epochs that were cut short; write those of the state's own epoch anew if need be."""
+        kept = self._discard_kept(after=epoch)
+        for number, path in kept.items():
+            expected = self._digests.get(path.stem)
+            if expected is not None and expected != _digest(path) and number != epoch:
+                warnings.warn(f"{path} is damaged, and cannot be written anew", stacklevel=3)
+        own = self.run.kept_path(epoch)
+        if own.stem in self._digests and self._digests[own.stem] != _digest(own):
+            save_weights(model, own)
+            warnings.warn(f"{own} was missing or damaged; it is written anew", stacklevel=3)
+
+    def _discard_kept(self, *, after: int) -> dict[int, Path]:
+        """Remove kept weights of later epochs than ``after``: of an epoch that was cut short, or of an earlier run."""
+        kept = self.run.kept()
+        for number in [number for number in kept if number > after]:
+            kept.pop(number).unlink()
+        return kept
 
     def save(self, make_state: Callable[[], dict], model: nn.Module) -> None:
         """Write the weights of ``model`` and the state after an epoch; every process calls this.
@@ -99,11 +131,22 @@ class Checkpointer:
         if best:
             _link(self.run.weights("last"), self.run.weights("best"))
             self._digests["best"] = self._digests["last"]
+        self._keep(state["epoch"])
         self.run.write_metrics(state["rows"])
         self.run.save_state(state | {"digests": dict(self._digests)})
         if best:
             _link(self.run.state_path("last"), self.run.state_path("best"))
         self._log(state["rows"][-1])
+
+    def _keep(self, epoch: int) -> None:
+        """Give the epoch's weights a lasting name where they are due; the state that counts them in comes after."""
+        kept = self._discard_kept(after=epoch)
+        if self._keep_every is not None and epoch % self._keep_every == 0:
+            path = self.run.kept_path(epoch)
+            _link(self.run.weights("last"), path)
+            self._digests[path.stem] = self._digests["last"]
+        elif epoch in kept and kept[epoch].stem not in self._digests:
+            kept[epoch].unlink()  # of an earlier run in this folder
 
     def _log(self, row: dict) -> None:
         """Show the row in TensorBoard, where that is installed."""

@@ -147,7 +147,7 @@ class _Watched:
     """Batches whose values are watched on the device while they pass by; a label out of range passes as 0."""
 
     def __init__(self, batches: Iterable, device: torch.device, limits: tuple[float, float], num_classes: int | None):
-        self._batches, self._device, self._limits = batches, device, limits
+        self._batches, self._device, self._limits, self.image_range = batches, device, limits, limits
         self._most = None if num_classes is None else num_classes - 1
         self._bad = torch.zeros(2, dtype=torch.long, device=device)  # batches of bad images, of bad labels
 

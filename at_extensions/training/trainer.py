@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchattacks.attack import Attack
-from tqdm import tqdm
 
 from at_extensions import processes
-from at_extensions.analysis import overfitting
-from at_extensions.attacks import validation_attack
+from at_extensions.attacks import set_range, validation_attack
 from at_extensions.checks import (
     check_class_counts,
     check_count,
@@ -31,6 +28,7 @@ from at_extensions.folding import to_channels_last
 from at_extensions.methods import Method
 from at_extensions.progress import bar
 from at_extensions.runs import RunDirectory
+from at_extensions.training._notice import OverfittingNotice
 from at_extensions.training._preparing import average, check_observers, in_eval_mode, warn_of_slow_bf16, wrapped
 from at_extensions.training._state import Snapshots, checkpoint, resume
 from at_extensions.training.checkpoint import Checkpointer
@@ -73,6 +71,8 @@ class Trainer:
             attack. False means clean validation.
         run_dir: Folder of config, metrics and checkpoints; None keeps nothing on disk.
         resume: Go on from the run directory's last checkpoint. False refuses a directory that holds a run.
+        keep_every: Keep the weights of every so-many-th epoch in the run directory (``RunDirectory.kept``), beside the
+            last and the best; None keeps none.
         config: Written to ``config.yaml``; resuming a run with another one is refused.
         seed: Of the validation attack's random starts.
         progress: Show progress: bars on a terminal, else a line an epoch.
@@ -83,7 +83,7 @@ class Trainer:
 
     Raises:
         TypeError: Observers that are none.
-        ValueError: A number out of range or an unknown precision.
+        ValueError: A number out of range, an unknown precision, or ``keep_every`` without a run directory.
         FileExistsError: ``resume=False`` and the directory holds a run.
     """
 
@@ -102,6 +102,7 @@ class Trainer:
         val_attack: Callable[[nn.Module], Attack] | Literal[False] | None = None,
         run_dir: str | Path | RunDirectory | None = None,
         resume: bool = True,
+        keep_every: int | None = None,
         config: dict | None = None,
         seed: int = 0,
         progress: bool = True,
@@ -121,11 +122,12 @@ class Trainer:
         self.history = History()
         self._val_attack = val_attack(self.model) if callable(val_attack) else val_attack
         self._frozen = in_eval_mode(method.model)
-        self._checkpoints = Checkpointer(run_dir, resume=resume, config=config)
+        self._checkpoints = Checkpointer(run_dir, resume=resume, config=config, keep_every=keep_every)
         self._wrapped: nn.Module | None = None
         self._prepared, self._checked = False, False
+        self.val: Iterable | None = None
         self._events: list[dict] = []
-        self._told = False
+        self._overfitting = OverfittingNotice(show=progress and method.attack is not None)
         self._asking: Observer | None = None
         if precision == "bf16":
             warn_of_slow_bf16(device_of(method.model))
@@ -165,33 +167,20 @@ class Trainer:
                     epochs.set_postfix({key: f"{value:.3g}" for key, value in row.items() if key != "epoch"})
                     if len(self.history.rows) > epochs.n:
                         epochs.update()
-                    self._tell_overfitting()
+                    self._overfitting.tell(self.history.rows)
             finally:
                 self._wrapped = None
         return self.history
-
-    def _tell_overfitting(self) -> None:
-        """Log it once when robust overfitting has set in, with the advice; only where progress is shown."""
-        measured = [row for row in self.history.rows if overfitting.KEY in row]
-        attacked = self.method.attack is not None
-        if (
-            self._told
-            or not (attacked and self.progress and processes.is_main())
-            or len(measured) < overfitting.FEWEST_EPOCHS
-        ):
-            return
-        found = overfitting.robust_overfitting(measured)
-        lasting = found.onset is not None and measured[-1]["epoch"] - found.onset >= 2  # one dip is noise
-        if lasting:
-            self._told = True
-            tqdm.write(found.advice, file=sys.stderr)
 
     def _prepare(self, val: Iterable | None) -> None:
         """Bring the model into the form in which it is trained."""
         if self._val_attack is None and val is not None and self.method.attack is not None:
             self._val_attack = validation_attack(self.method.attack)(self.model)
+        if self._val_attack:
+            set_range(self._val_attack, self.method.image_range)
         if self.method.model.training:
             self._frozen = in_eval_mode(self.method.model)
+        self.val = val
         for observer in self.observers:
             observer.begin(self)
         if not self._prepared:

@@ -217,6 +217,24 @@ def step_cost(program: str) -> Callable[[Path], str]:
     return write
 
 
+def guard_cost(results: Path) -> str:
+    found = load(results / "guard_cost_cpu.json")
+    rows = [
+        (f"`{name}`", precision, f"{row['median_ms_a_step']['plain']:.1f} ms",
+         *(f"{row['times_plain'][way]:.3f} ({low:.3f} to {high:.3f})"
+           for way, (low, high) in row["times_plain_quartiles"].items()))
+        for name, by in found["networks"].items()
+        for precision, row in by.items()
+    ]  # fmt: skip
+    ways = list(next(iter(next(iter(found["networks"].values())).values()))["times_plain"])
+    return (
+        origin("python benchmarks/guard_cost.py", [found], f"Seed: {found['seed']}.")
+        + f"\n{found['what'][0].upper()}{found['what'][1:]}, with `CollapseGuard` and no alarm: times the training "
+        f"without it, median and quartiles; `plain_again` shows the noise. {goal(found)}\n\n"
+        + table(["network", "precision", "a step", *(f"`{way}`" for way in ways)], rows)
+    )
+
+
 def deat_cost(results: Path) -> str:
     found = load(results / "deat_cost.json")
     names = list(next(iter(found["weight_decay"].values())))

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from at_extensions.analysis import gradient_instability
-from at_extensions.methods import PGDAT, REAT
+from at_extensions.analysis.gradient_stability import ZeroGradient
+from at_extensions.methods import PGDAT, REAT, TemporalEnsembling
 
 
 class Exact:
@@ -100,6 +101,20 @@ def test_everything_is_left_untouched(small_net, batch, untouched):
     assert "frozen" in repr(first)
 
 
+def test_each_point_begins_with_the_same_memory_of_the_method(small_net, batch):
+    model, (x, y) = small_net(train=False), batch()
+    method = TemporalEnsembling(PGDAT(model, eps=0.1, alpha=0.05, steps=1), len(x), 3, start=1, end=1)
+    index = torch.arange(len(x))
+    for _ in range(2):
+        method(x, y, index)
+    before = {key: value.clone() for key, value in method.named_buffers()}
+    (alone,) = gradient_instability(model, method, x, y, steps=[2.0], index=index).recomputed.change
+    last = gradient_instability(model, method, x, y, steps=[0.5, 1.0, 2.0], index=index).recomputed.change[-1]
+    assert alone == last
+    assert gradient_instability(model, method, x, y, steps=[0.0], index=index).recomputed.change == [0.0]
+    assert all(torch.equal(value, before[key]) for key, value in method.named_buffers())
+
+
 def test_weights_come_back_after_an_exception(small_net, batch, untouched):
     model, (x, y) = small_net(), batch()
     method = PGDAT(model, eps=0.1, alpha=0.05, steps=1)
@@ -116,6 +131,16 @@ def test_weights_come_back_after_an_exception(small_net, batch, untouched):
         gradient_instability(model, method, x, y, steps=[1.0])
 
 
+class Constant:
+    """A loss that does not depend on the weights' values."""
+
+    def perturb(self, x, y, index=None):
+        return x
+
+    def loss(self, x, x_adv, y, index=None):
+        return torch.zeros((), requires_grad=True)
+
+
 def test_bad_input_is_refused(small_net, batch):
     model, (x, y) = small_net(), batch()
     method = PGDAT(model, eps=0.1)
@@ -127,5 +152,7 @@ def test_bad_input_is_refused(small_net, batch):
         gradient_instability(model, method, x, y, direction="updaet")
     with pytest.raises(ValueError, match="one tensor of the same shape"):
         gradient_instability(model, method, x, y, direction=[torch.zeros(3)])
+    with pytest.raises(ZeroGradient, match="norm 0, so its change has no scale"):
+        gradient_instability(model, Constant(), x, y)
     with pytest.raises(ValueError, match="steps is empty"):
         gradient_instability(model, method, x, y, steps=[])

@@ -194,3 +194,20 @@ def test_it_follows_its_model_to_another_device_and_never_waits_for_it(small_net
 def test_bad_numbers_are_refused(linear_net, options, error, says):
     with pytest.raises(error, match=says):
         PGD(linear_net(), **options)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_box_is_the_range_of_the_images(linear_net, batch, start):
+    net, (images, labels) = linear_net(1, num_classes=2), batch(2, 8, num_classes=2)
+    images = 1.2 * images - 0.1
+    direction = (net[1].weight[1 - labels] - net[1].weight[labels]).sign().view_as(images)
+    attack = PGD(net, 0.3, alpha=0.05, steps=13, start=start, image_range=(-0.1, 1.1))
+    best = (images + 0.3 * direction).clamp(-0.1, 1.1)
+    assert ((best < 0) | (best > 1)).any()
+    assert torch.equal(attack(images, labels), best)
+
+
+@pytest.mark.parametrize(("limits", "error"), [((1, 0), ValueError), ((0, float("inf")), ValueError), (1.0, TypeError)])
+def test_a_range_that_is_none_is_refused(linear_net, limits, error):
+    with pytest.raises(error, match="image_range"):
+        PGD(linear_net(1, num_classes=2), image_range=limits)

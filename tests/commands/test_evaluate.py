@@ -60,6 +60,15 @@ def test_other_settings_and_other_weights_have_a_state_of_their_own(run):
     assert [row["class"] for row in other.per_class if row["robust"]] == [4]
 
 
+def test_images_with_injected_features_are_not_evaluated_unnoticed(run):
+    data = {"name": "digits", "inject_beta": 0.1, "inject_mode": "add", "inject_permuted": False, "inject_seed": 0}
+    run.write_config(run.config() | {"data": data})
+    with pytest.raises(ValueError, match=r"injected features and leave .* give --data digits"):
+        evaluate_run(run.path)
+    quick = {"version": "custom", "attacks": ["apgd-ce"], "n_examples": 10, "progress": False}
+    assert evaluate_run(run.path, data="digits", **quick).n_examples == 10
+
+
 def test_what_is_missing_is_named(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="is it a run directory"):
         evaluate_run(tmp_path / "nowhere")

@@ -1,11 +1,14 @@
 """A whole run from plain settings."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
 
 from at_extensions.commands.evaluate import evaluate_run
-from at_extensions.commands.train import train
+from at_extensions.commands.train import load_splits, train
+from at_extensions.data import Injection, carriers, inject, load_dataset
 from at_extensions.methods import list_methods
 from at_extensions.models import load_model
 from at_extensions.runs import load_tensors
@@ -151,3 +154,141 @@ def test_methods_against_robust_overfitting_train_from_settings(tmp_path, method
         table = whole.load_state()["method"]["table"]
         assert table.shape == (100, 10)
         assert (table.sum(1) > 0).all()
+
+
+def test_the_guard_is_a_setting_and_a_run_of_before_resumes_without_it(tmp_path):
+    run = train(tmp_path / "run", method="fgsm", guard="rollback", guard_remedy="more_steps", **QUICK)
+    training = run.config()["training"]
+    assert (training["guard"], training["guard_remedy"]) == ("rollback", "more_steps")
+    assert "['CollapseGuard']" in str([name for name, _ in run.load_state()["observers"]])
+    assert train(tmp_path / "run", method="fgsm", guard="rollback", guard_remedy="more_steps", **QUICK).metrics()
+    with pytest.raises(ValueError, match="guard: rollback, now none"):
+        train(tmp_path / "run", method="fgsm", **QUICK)
+
+    old = train(tmp_path / "old", method="fgsm", **QUICK)
+    config = old.config()
+    for name in ("guard", "guard_remedy"):  # a version that knew no guard wrote it
+        del config["training"][name]
+    old.write_config(config)
+    assert len(train(tmp_path / "old", TrainSettings.from_config(config), resume=True).metrics()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guard": "pray"}, "guard"),
+        ({"guard": "rollback", "guard_remedy": "hope"}, "guard_remedy"),
+        ({"guard_remedy": "n_fgsm"}, "give guard=rollback with it"),
+        ({"guard": "warn", "guard_remedy": "n_fgsm"}, "guard=warn has none"),
+        ({"guard": "warn", "val_fraction": 0.0}, "give val_fraction above 0"),
+        ({"guard": "warn", "method": "standard"}, "no attack"),
+    ],
+)
+def test_a_guard_that_cannot_work_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **(QUICK | {"method": "fgsm"} | settings))
+
+
+def test_label_noise_comes_last_and_leaves_the_images(tmp_path):
+    clean, half, all_new = (
+        load_splits(TrainSettings(data="digits", train_size=200, label_noise=rate, imbalance_ratio=0.5, data_seed=3))
+        for rate in (None, 0.5, 1.0)
+    )
+    for noisy in (half, all_new):
+        assert torch.equal(noisy.train.images, clean.train.images)
+        assert torch.equal(noisy.train.clean_labels, clean.train.labels)
+        assert noisy.class_counts == torch.bincount(noisy.train.labels, minlength=10).tolist()
+        assert torch.equal(noisy.val.labels, clean.val.labels)
+    changed = half.train.labels != half.train.clean_labels
+    assert 40 < int(changed.sum()) < 140
+    assert torch.equal(half.train.labels[changed], all_new.train.labels[changed])
+
+
+INJECTED = QUICK | {"augment": "none", "inject_beta": "1/10", "train_size": 200}
+
+
+def test_a_run_with_injected_features_trains_on_them_and_records_them(tmp_path, monkeypatch):
+    module, seen = import_module("at_extensions.commands.train"), []
+
+    class Spy(module.Trainer):
+        def fit(self, train, val):
+            seen.append((self.method, self._val_attack, train, val))
+            return super().fit(train, val)
+
+    monkeypatch.setattr(module, "Trainer", Spy)
+    run = train(tmp_path / "run", method="fgsm", inject_mode="orthogonal", **INJECTED)
+    ((method, val_attack, batches, val),) = seen
+    assert len(batches.split) == 200
+    assert batches.image_range == val.image_range == method.image_range == method.attack.image_range
+    assert val_attack.image_range == method.image_range
+    injection = Injection.recorded(run.config()["data"])
+    assert injection == Injection(0.1, "orthogonal")
+    plain = load_dataset("digits")
+    expected = inject(*plain.val.tensors(), carriers(10, (1, 8, 8)), 0.1, mode="orthogonal")
+    torch.testing.assert_close(val.split.images, expected, rtol=0, atol=1e-6)
+    assert torch.equal(batches.split.images, injection.into_split(plain.train.subset(200), 0).images)
+    assert TrainSettings.from_config(run.config()).inject_mode == "orthogonal"
+
+
+def test_a_run_with_injected_features_resumes_to_the_same_weights(tmp_path):
+    options = INJECTED | {"method": "fgsm", "inject_permuted": True, "inject_seed": 2}
+    whole = train(tmp_path / "whole", **options | {"epochs": 2})
+    cut = tmp_path / "cut"
+
+    class Stop(Exception):
+        pass
+
+    trainer = import_module("at_extensions.commands.train").Trainer
+    epoch = trainer._epoch
+
+    def interrupted(self, *args):
+        if self.history.rows:
+            raise Stop
+        epoch(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_epoch", interrupted)
+        with pytest.raises(Stop):
+            train(cut, **options | {"epochs": 2})
+    resumed = train(cut, **options | {"epochs": 2})
+    assert len(resumed.metrics()) == 2
+    a, b = (load_tensors(run.weights("last"))[0] for run in (whole, resumed))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(ValueError, match=r"data.inject_seed: 2, now 3"):
+        train(cut, **options | {"epochs": 2, "inject_seed": 3})
+
+
+def test_a_run_without_features_records_none(tmp_path):
+    config = train(tmp_path / "run", method="fgsm", **QUICK).config()
+    assert not [key for key in config["data"] if key.startswith("inject")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inject_beta": 8}, "inject_beta must lie in .* did you mean 8/255"),
+        ({"inject_beta": None, "inject_permuted": True}, "inject_permuted changes nothing without an amplitude"),
+        ({"inject_beta": None, "inject_mode": "reverse"}, "inject_mode changes nothing"),
+        ({"inject_mode": "revers"}, "did you mean 'reverse'"),
+        ({"inject_seed": -1}, "inject_seed must be at least 0"),
+        ({"data": "npz:ODD"}, "even number of pixels, got 7"),
+        ({"data": "npz:MANY"}, "carriers for at most 6 classes, got 8"),
+    ],
+)
+def test_features_that_cannot_be_injected_are_refused_before_any_training(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    for name, side, classes in (("ODD", 7, 2), ("MANY", 2, 8)):
+        labels = np.arange(80) % classes
+        images = np.zeros((80, side, side, 3), np.uint8)
+        np.savez(f"{name}.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    options = INJECTED | {"train_size": None} | change
+    if "data" in change:
+        options["data"] += ".npz"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_crops_of_images_with_features_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="augment='crop' moves and mirrors the injected patterns"):
+        train(tmp_path / "run", method="fgsm", **INJECTED | {"augment": "crop"})

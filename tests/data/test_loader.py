@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at_extensions.data import ImageSplit, make_loader
+from at_extensions.data import FloatSplit, ImageSplit, make_loader
 
 
 def split_of(n, channels=1, side=8, num_classes=3):
@@ -206,3 +206,10 @@ def test_bad_arguments_are_named(change, error, message):
 def test_a_foreign_state_is_refused():
     with pytest.raises(ValueError, match=r"holds 'generator' alone, got \['epoch'\]"):
         make_loader(split_of(10), 2).load_state_dict({"epoch": torch.tensor(1)})
+
+
+def test_crops_of_images_whose_range_does_not_hold_zero_are_refused():
+    split = FloatSplit(torch.full((4, 1, 8, 8), 0.5), torch.tensor([0, 1, 0, 1]), 2, image_range=(0.2, 0.8))
+    assert len(list(make_loader(split, 2))) == 2
+    with pytest.raises(ValueError, match="pad images by zeros"):
+        make_loader(split, 2, augment="crop")

@@ -1,11 +1,13 @@
 """Splits: samples with a stable index, balanced subsets, seeded shuffles of each class."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from at_extensions.data import ImageSplit, Splits
+from at_extensions.data import FloatSplit, ImageSplit, Splits
 from at_extensions.data.split import ranks_in_class, seeded_generator
 
 
@@ -66,6 +68,15 @@ def test_a_subset_is_as_balanced_as_its_classes_allow(labels, data):
     for got, there in zip(subset.class_counts, split.class_counts):
         assert got >= min(there, most - 1)  # a class falls behind the fullest one only when it is used up
     assert numbers(split.subset(n, seed)) == chosen
+    if n < len(split):
+        drawn, left = split.divide(n, seed)
+        assert numbers(drawn) == chosen
+        assert numbers(left) == sorted(set(range(len(split))) - set(chosen))
+
+
+def test_a_split_is_not_divided_so_that_nothing_is_left():
+    with pytest.raises(ValueError, match="leave none"):
+        numbered([0, 1, 1]).divide(3)
 
 
 def test_a_select_carries_clean_labels_and_names():
@@ -146,3 +157,48 @@ def test_more_samples_than_there_are_is_an_error():
         numbered([0, 1, 1]).tensors(4)
     with pytest.raises(ValueError, match="at least 0"):
         numbered([0, 1, 1]).subset(2, seed=-1)
+
+
+def floats(**change):
+    images = torch.tensor([-0.1, 0.0, 1.0, 1.2]).reshape(2, 1, 1, 2)
+    given = {"images": images, "labels": torch.tensor([1, 0]), "num_classes": 2, "image_range": (-0.1001, 1.2001)}
+    return FloatSplit(**{**given, **change})
+
+
+def test_float_images_come_as_they_are_and_cannot_be_changed_through_a_sample():
+    split = floats()
+    image, label = split[1]
+    assert torch.equal(image, split.images[1])
+    assert label == 0
+    image.zero_()
+    split.tensors(2)[0].zero_()
+    assert split.images[1].flatten().tolist() == pytest.approx([1.0, 1.2])
+    one = split.select(torch.tensor([1]))
+    assert torch.equal(one.images, split.images[1:])
+    assert one.image_range == split.image_range == (-0.1001, 1.2001)
+    assert replace(split, labels=torch.tensor([0, 0])).image_range == split.image_range
+
+
+def test_the_range_of_splits_holds_all_of_them():
+    plain = numbered([0, 1])
+    assert plain.image_range == (0.0, 1.0)
+    assert Splits(floats(), None, plain, 2, [1, 1], "toy").image_range == (-0.1001, 1.2001)
+    low = floats(images=torch.full((2, 1, 1, 2), 0.5), image_range=(0.25, 0.75))
+    assert Splits(low, low, low, 2, [1, 1], "toy").image_range == (0.25, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image_range": (0, 1)}, ValueError, r"must lie in \[0, 1\], got \[-0.1, 1.2\]"),
+        ({"image_range": (1, 0)}, ValueError, "image_range"),
+        ({"image_range": 1}, TypeError, "image_range"),
+        ({"images": torch.zeros(2, 1, 1, 2, dtype=torch.uint8)}, TypeError, "floating point"),
+        ({"images": torch.zeros(2, 1, 1, 2, dtype=torch.float64)}, TypeError, "images.float()"),
+        ({"images": torch.full((2, 1, 1, 2), float("nan"))}, ValueError, "not finite"),
+        ({"labels": torch.tensor([0, 2])}, ValueError, "from 0 to 1"),
+    ],
+)
+def test_a_float_split_refuses_what_does_not_fit(change, error, message):
+    with pytest.raises(error, match=message):
+        floats(**change)

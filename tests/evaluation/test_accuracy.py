@@ -6,7 +6,8 @@ import torchattacks
 from torch.utils.data import DataLoader, TensorDataset
 
 from at_extensions.attacks import PGD
-from at_extensions.evaluation import accuracy, count_correct
+from at_extensions.data import FloatSplit, make_loader
+from at_extensions.evaluation import accuracy, count_correct, evaluate, predictions
 
 
 def test_every_kind_of_data_gives_the_same_count(net, make_images, label):
@@ -32,6 +33,19 @@ def test_accuracy_under_attack_is_that_of_a_slow_loop(net, make_images, label, k
     right = sum(int(model(attack(x[i : i + 1], y[i : i + 1])).argmax(1) == y[i]) for i in range(30))
     assert accuracy(model, x, y, attack=attack, batch_size=8) == right / 30
     assert 0 < right < 30
+
+
+def test_predictions_are_a_slow_loops_clean_and_attacked(net, make_images, label):
+    model, x = net().eval(), make_images(20)
+    y = label(model, x)
+    attack = PGD(model, eps=0.03, alpha=0.01, steps=5, start="zero")
+    slow = {None: [], attack: []}
+    for i in range(20):
+        slow[None].append(int(model(x[i : i + 1]).argmax()))
+        slow[attack].append(int(model(attack(x[i : i + 1], y[i : i + 1])).argmax()))
+    for given, expected in slow.items():
+        assert predictions(model, TensorDataset(x, y), attack=given, batch_size=7).tolist() == expected
+    assert slow[None] != slow[attack]
 
 
 def test_random_starts_are_seeded_and_differ_between_batches(net, make_images, label):
@@ -126,3 +140,32 @@ def test_an_unknown_search_is_refused(net, make_images, label):
     model, x = net(), make_images(4)
     with pytest.raises(ValueError, match="did you mean 'bf16'"):
         accuracy(model, x, label(model, x), attack=PGD(model), search="bf61")
+
+
+def test_images_with_a_range_of_their_own_are_attacked_in_it(net, make_images, label):
+    model, x = net(), 8 * make_images(40) - 3.5
+    x = x.clamp(-0.5, 1.5)
+    y = label(model, x)
+    limits = (-0.5, 1.5)
+    split = FloatSplit(x, y, int(y.max()) + 1, image_range=limits)
+    attack = PGD(model, 0.03, 0.03, 1, start="zero", image_range=limits)
+    expected = (model.eval()(attack(x, y)).argmax(1) == y).float().mean().item()
+    for data in (split, make_loader(split, 16, shuffle=False)):
+        assert accuracy(model, data) == 1.0
+        assert accuracy(model, data, attack=attack) == pytest.approx(expected)
+    assert accuracy(model, x, y, attack=attack) == pytest.approx(expected)
+    assert accuracy(model, x, y, image_range=limits) == 1.0
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        accuracy(model, x, y)
+    for other in (PGD(model), torchattacks.FGSM(model)):
+        with pytest.raises(ValueError, match=r"clips images to \[0, 1\], but these lie in \[-0.5, 1.5\]"):
+            accuracy(model, split, attack=other)
+
+
+def test_autoattack_refuses_images_that_may_leave_the_unit_interval(net, make_images, label):
+    model, x = net(), make_images(10)
+    split = FloatSplit(x, label(model, x), 10, image_range=(-0.1, 1.1))
+    with pytest.raises(ValueError, match=r"AutoAttack searches within \[0, 1\]"):
+        evaluate(model, split, eps=0.1, version="custom", attacks=["apgd-ce"])
+    inside = FloatSplit(x, label(model, x), 10)
+    assert evaluate(model, inside, eps=0.01, version="custom", attacks=["apgd-ce"]).clean_accuracy == 1.0

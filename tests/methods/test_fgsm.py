@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torchattacks
 from torch.nn import functional as F
 
-from at_extensions.attacks import RandomStream
+from at_extensions.attacks import RandomStream, perturb
 from at_extensions.methods import FGSMAT
 
 EPS = 0.1
@@ -15,10 +16,9 @@ def signed_gradient(net, x, labels):
     return torch.autograd.grad(F.cross_entropy(net(x), labels), x)[0].sign()
 
 
-def uniform(images, radius, seed, *, drawn_before=False):
+def uniform(images, radius, seed):
     with RandomStream(seed).on(images.device):
-        noise = torch.randn_like(images) if drawn_before else torch.empty_like(images)
-        return noise.uniform_(-radius, radius)
+        return torch.empty_like(images).uniform_(-radius, radius)
 
 
 def expected(net, images, labels, variant, alpha, k, seed):
@@ -27,7 +27,7 @@ def expected(net, images, labels, variant, alpha, k, seed):
         return (images + EPS * signed_gradient(net, images, labels)).clamp(0, 1)
     if variant == "rs":
         alpha = 1.25 * EPS if alpha is None else alpha
-        start = (images + uniform(images, EPS, seed, drawn_before=True)).clamp(0, 1)  # torchattacks draws twice
+        start = (images + uniform(images, EPS, seed)).clamp(0, 1)
         delta = start + alpha * signed_gradient(net, start, labels) - images
         return (images + delta.clamp(-EPS, EPS)).clamp(0, 1)
     alpha, k = EPS if alpha is None else alpha, 2.0 if k is None else k
@@ -67,3 +67,30 @@ def test_n_fgsm_is_what_one_gets(small_net, batch):
 def test_numbers_that_a_variant_does_not_have_are_refused(small_net, options, says):
     with pytest.raises(ValueError, match=says):
         FGSMAT(small_net(), eps=EPS, **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "theirs"),
+    [("plain", lambda net: torchattacks.FGSM(net, EPS)), ("rs", lambda net: torchattacks.FFGSM(net, EPS, 1.25 * EPS))],
+)
+def test_single_steps_are_those_of_torchattacks(small_net, batch, monkeypatch, variant, theirs):
+    monkeypatch.setattr(
+        torch, "randn_like", torch.empty_like
+    )  # it draws normal numbers first, and then throws them away
+    net, (images, labels) = small_net(7, train=False), batch(8)
+    found = FGSMAT(net, eps=EPS, variant=variant, seed=5).perturb(images, labels)
+    expected = perturb(theirs(net), images, labels, stream=RandomStream(5))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("variant", ["plain", "rs", "n"])
+def test_images_may_have_a_range_of_their_own(small_net, batch, variant):
+    net, (images, labels) = small_net(9, train=False), batch(10)
+    images = 1.4 * images - 0.2
+    method = FGSMAT(net, eps=EPS, variant=variant)
+    method.image_range = (-0.2, 1.2)
+    adversarial = method.perturb(images, labels)
+    assert adversarial.min() >= -0.2
+    assert adversarial.max() <= 1.2
+    assert ((adversarial < 0) | (adversarial > 1)).float().mean() > 0.1
+    assert (adversarial - images).abs().max() <= (3 if variant == "n" else 1) * EPS + 1e-12

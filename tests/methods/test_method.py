@@ -8,8 +8,18 @@ import torch
 import torchattacks
 from torch.nn import functional as F
 
-from at_extensions.attacks import PGD, RandomStream, perturb
-from at_extensions.methods import FGSMAT, PGDAT, Method, Standard, Step, create_method, list_methods
+from at_extensions.attacks import NFGSM, PGD, RandomStream, perturb
+from at_extensions.methods import (
+    FGSMAT,
+    PGDAT,
+    Method,
+    Standard,
+    Step,
+    Wrapping,
+    create_method,
+    list_methods,
+    method_options,
+)
 
 METHODS = {
     "pgd": lambda net, **options: PGDAT(net, eps=0.1, alpha=0.03, steps=3, **options),
@@ -244,6 +254,14 @@ def test_by_name_is_the_same_method(small_net, batch, name):
     assert torch.equal(a.perturb(images, labels), b.perturb(images, labels))
 
 
+def test_options_are_the_names_that_create_method_takes(small_net):
+    assert method_options("standard") == ["twin", "seed"]
+    assert {"eps", "alpha", "steps"} <= set(method_options("te"))
+    assert "steps" not in method_options("n_fgsm")
+    with pytest.raises(ValueError, match="did you mean 'pgd'"):
+        method_options("pdg")
+
+
 def test_what_is_offered_is_taken_where_it_fits_and_gives_way_to_what_is_asked(small_net):
     offered = {"eps": 0.1, "seed": 3, "class_counts": [1, 2, 3]}
     assert create_method("pgd", small_net(), offered=offered).attack.eps == 0.1
@@ -269,3 +287,29 @@ def test_what_is_offered_is_taken_where_it_fits_and_gives_way_to_what_is_asked(s
 def test_unknown_names_and_options_bring_the_nearest(small_net, name, options, says):
     with pytest.raises(ValueError, match=says):
         create_method(name, small_net(), **options)
+
+
+def test_the_range_of_images_is_the_attacks_also_in_wrappings_and_for_an_exchanged_attack(small_net):
+    net = small_net(3)
+    method = Wrapping(Wrapping(PGDAT(net)))
+    assert method.image_range == (0.0, 1.0)
+    method.image_range = (-0.1, 1.1)
+    assert method.inner.inner.image_range == method.attack.image_range == method.image_range == (-0.1, 1.1)
+    assert Wrapping(PGDAT(net, attack=PGD(net, image_range=(-1, 2)))).image_range == (-1.0, 2.0)
+    method.attack = NFGSM(net)
+    method.perturb(torch.zeros(2, 2, 5, 5, dtype=torch.float64) - 0.1, torch.tensor([0, 1]))
+    assert method.attack.image_range == (-0.1, 1.1)
+
+
+def test_attacks_of_torchattacks_are_refused_outside_the_unit_interval(small_net):
+    net = small_net(4)
+    method = PGDAT(net, attack=torchattacks.PGD(net, steps=1))
+    method.image_range = (0, 1)
+    with pytest.raises(ValueError, match=r"PGD clips images to \[0, 1\].*use attacks.PGD"):
+        method.image_range = (-0.1, 1.1)
+    assert method.image_range == (0.0, 1.0)
+    method = PGDAT(net)
+    method.image_range = (-0.1, 1.1)
+    method.attack = torchattacks.FGSM(net)
+    with pytest.raises(ValueError, match=r"FGSM clips images to \[0, 1\]"):
+        method.perturb(torch.zeros(2, 2, 5, 5, dtype=torch.float64), torch.tensor([0, 1]))

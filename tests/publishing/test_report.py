@@ -126,3 +126,27 @@ def test_robust_overfitting_is_in_the_page_with_its_onset(make_run, tmp_path, re
     assert "10.0 points" in text
     assert "Robust overfitting since epoch 5" in text
     assert text.count("points") == 1
+
+
+def test_catastrophic_overfitting_and_a_guards_events_are_in_the_page(make_run, tmp_path, read):
+    def rows(values):
+        return [
+            {"epoch": i, "val_robust_accuracy": v, "val_clean_accuracy": 0.6, "train_accuracy": 0.3 + 0.05 * i,
+             "train_loss": 1.0}
+            for i, v in enumerate(values, 1)
+        ]  # fmt: skip
+
+    collapsed, guarded = make_run("collapsed"), make_run("guarded")
+    collapsed.write_metrics(rows([0.30, 0.40, 0.41, 0.02, 0.0]))
+    kept = rows([0.30, 0.40, 0.41, 0.42, 0.43])
+    kept[3]["events"] = [
+        {"event": "rollback", "observer": "CollapseGuard", "epoch": 4, "step": 150, "back_to_step": 50,
+         "reason": "one step 90 %, PGD 1 %", "remedy": "n_fgsm"}
+    ]  # fmt: skip
+    guarded.write_metrics(kept)
+    text = read(write_report([collapsed, guarded], tmp_path / "r.html")).text
+    assert "Catastrophic overfitting in epoch 4: use weights of before" in text
+    assert text.count("Catastrophic overfitting in epoch") == 1
+    assert "Robust overfitting since" not in text  # a collapse is none
+    assert "rollback to step 50" in text
+    assert "one step 90 %, PGD 1 %" in text

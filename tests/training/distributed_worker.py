@@ -38,7 +38,7 @@ def fit(out: str, epochs: int) -> None:
     scheduler = create_scheduler(optimizer, "cosine", epochs=4, steps_per_epoch=len(train))
     method = PGDAT(model, eps=0.1, alpha=0.05, steps=2, start="zero")
     trainer = Trainer(
-        method, optimizer, epochs=epochs, scheduler=scheduler, run_dir=out,
+        method, optimizer, epochs=epochs, scheduler=scheduler, run_dir=out, keep_every=2,
         val_attack=lambda m: PGD(m, 0.1, 0.05, 2, start="zero"),
     )  # fmt: skip
     trainer.fit(train, val)

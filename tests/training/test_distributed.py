@@ -28,6 +28,12 @@ def test_two_gloo_processes_equal_one_and_resume(tmp_path):
     # the network has no BatchNorm and the attack no random start: then the joint batch's gradient is the mean
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-12)
+    kept = [RunDirectory(tmp_path / name).kept() for name in ("two", "one")]
+    assert list(kept[0]) == list(kept[1]) == [2, 4]
+    for epoch in (2, 4):
+        two, one = (load_tensors(found[epoch])[0] for found in kept)
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-12)
     metrics = [
         [{k: v for k, v in row.items() if "seconds" not in k} for row in RunDirectory(tmp_path / name).metrics()]
         for name in ("two", "one")

@@ -9,7 +9,7 @@ from tiny import a_model, a_split, a_trainer, same, weights
 from torch import nn
 
 from at_extensions.attacks import PGD
-from at_extensions.data import make_loader
+from at_extensions.data import FloatSplit, make_loader
 from at_extensions.methods import PGDAT, Standard, Wrapping
 from at_extensions.models import load_model
 from at_extensions.runs import RunDirectory, load_tensors
@@ -310,3 +310,18 @@ def test_a_model_that_a_cpu_cannot_train_in_channels_last_keeps_its_layout():
     trainer.fit(train, val)
     assert not trainer.channels_last
     assert model.stem.weight.is_contiguous()
+
+
+def test_validation_attacks_in_the_range_of_the_images():
+    trainer, _, _ = a_trainer(1)
+    x = 1.2 * torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.1
+    split = FloatSplit(x, torch.arange(30) % 3, 3, image_range=(-0.1, 1.1))
+    trainer.method.image_range = split.image_range
+    trainer.fit(make_loader(split, 10), make_loader(split, 10, shuffle=False))
+    assert trainer._val_attack.image_range == (-0.1, 1.1)
+    theirs, _, _ = a_trainer(1, val_attack=lambda m: torchattacks.PGD(m, steps=1))
+    theirs.method.image_range = split.image_range
+    before = weights(theirs.method.model)
+    with pytest.raises(ValueError, match=r"clips images to \[0, 1\]"):
+        theirs.fit(make_loader(split, 10), make_loader(split, 10, shuffle=False))
+    assert same(before, weights(theirs.method.model))

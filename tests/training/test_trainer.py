@@ -324,3 +324,16 @@ def test_robust_overfitting_is_told_once_and_only_of_attacked_training(capsys, m
         x, y = a_split().tensors()
         Trainer(method(model), optimizer, epochs=8, val_attack=False).fit([(x[:8], y[:8])], [()])
         assert capsys.readouterr().err.count("Robust overfitting since epoch 4") == told
+
+
+def test_catastrophic_overfitting_is_told_apart_from_robust_overfitting(capsys, monkeypatch):
+    values = iter([0.3, 0.5, 0.5, 0.02, 0.01, 0.0, 0.0])
+    monkeypatch.setattr(Trainer, "_validate", lambda *_: {"val_robust_accuracy": next(values), "train_accuracy": 0.5})
+    model = a_model()
+    x, y = a_split().tensors()
+    method = PGDAT(model, eps=0.1, alpha=0.1, steps=1, start="zero")
+    trainer = Trainer(method, torch.optim.SGD(model.parameters(), lr=1e-6), epochs=7, val_attack=False)
+    trainer.fit([(x[:8], y[:8])], [()])
+    said = capsys.readouterr().err
+    assert said.count("Catastrophic overfitting in epoch 4") == 1
+    assert "Robust overfitting since" not in said

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_observers import Rolling, weaker
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from test_observer import Rolling, weaker
 from tiny import a_split, a_trainer
 
 from at_extensions import processes
