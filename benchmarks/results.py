@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from results_page import collapse, induced, learned, memorisation, overfitting, speed
+from results_page import collapse, induced, kernel, learned, memorisation, overfitting, speed
 
 FOLDER = Path(__file__).parent
 OPENING = """\
@@ -46,6 +46,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {  # heading -> a file 
     "Precision of the search": ("search_precision.json", speed.search_precision),
     "Convolutions": ("convolutions.json", speed.convolutions),
     "Speed of layer criticality": ("criticality.json", speed.criticality),
+    "Speed of the empirical NTK": ("ntk.json", kernel.ntk),
     "Cost of a REAT step": ("reat_cost_cpu.json", speed.step_cost("reat_cost")),
     "Cost of temporal ensembling": ("te_cost_cpu.json", speed.step_cost("te_cost")),
     "Cost of the guard against collapse": ("guard_cost_cpu.json", speed.guard_cost),

@@ -243,6 +243,42 @@ def test_search_precision_tells_winograds_way_from_the_direct_one(monkeypatch, t
     assert all(0 <= numbers["withstand"] <= 32 for numbers in ways.values())
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_ntk_is_compared_with_peers_whose_parts_add_up(monkeypatch, tmp_path):
+    ntk = importlib.import_module("ntk")
+    out, ran = tmp_path / "ntk.json", []
+
+    def in_process(work, outputs, threads, argv):
+        ran.append((work, outputs, threads))
+        return ntk.WORK[work](ntk.parse(argv), outputs)
+
+    monkeypatch.setattr(ntk, "in_process", in_process)
+    options = ["--network", "cifar_resnet18:4", "--n-images", "6", "--peer-images", "3", "--threads", "1"]
+    argv = ["ntk.py", *options, "--device", "cpu", "--memory-limit", str(8 * 2**20), "--output", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    ntk.main()
+    assert ran == [(work, outputs, 1) for outputs in ("one", "class") for work in ("ours", "peers")]
+    found = json.loads(out.read_text())
+    for run in found["runs"]:
+        assert run["largest_relative_difference"] < 1e-2  # a ReLU may open in one batch size alone
+        parts, loop = run["measured_parts"], run["peers"]["loop"]
+        expected = 6 * parts["seconds_per_image"]["loop"]["cpu"] + parts["gram_seconds"]["cpu"]
+        assert loop["seconds"]["cpu"] == pytest.approx(expected)
+        assert loop["bytes"] == 4 * 6 * parts["parameters"]
+        assert run["peers"]["func_limited"]["image_gradients"] >= run["peers"]["func"]["image_gradients"]
+    results = importlib.import_module("results")
+    page = results.page(tmp_path)
+    assert "## Speed of the empirical NTK" in page
+    assert f"| {found['runs'][0]['times_as_fast']['loop']['cpu']:.1f} |" in page
+
+
+def test_parameters_are_grouped_within_the_limit():
+    ntk = importlib.import_module("ntk")
+    model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 5))
+    assert ntk.parameter_groups(model, 3, 10**6) == [["0.weight", "0.bias", "1.weight", "1.bias"]]
+    assert ntk.parameter_groups(model, 3, 4 * 3 * 110) == [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+
+
 def test_the_verdicts_on_induced_distributions_follow_from_paired_seeds(tmp_path):
     results, reproduce = importlib.import_module("results"), importlib.import_module("reproduce")
     study, folder = reproduce.STUDIES["induced_distribution"], tmp_path / "induced_distribution-cpu"

@@ -7,6 +7,16 @@ from at_extensions.analysis.curvature import InputCurvature, input_curvature
 from at_extensions.analysis.diffusion import effective_lr, gradient_noise, matched_lr
 from at_extensions.analysis.dispersion import Dispersion, local_dispersion
 from at_extensions.analysis.gradient_stability import GradientInstability, gradient_instability
+from at_extensions.analysis.ntk import (
+    NTKCost,
+    effective_rank,
+    empirical_ntk,
+    kernel_distance,
+    kernel_specialization,
+    kernel_target_alignment,
+    ntk_cost,
+    top_eigenvalue_mass,
+)
 from at_extensions.analysis.overfitting import (
     LabelAgreement,
     RobustOverfitting,
@@ -21,16 +31,24 @@ __all__ = [
     "InputCurvature",
     "LabelAgreement",
     "LayerCriticality",
+    "NTKCost",
     "RobustOverfitting",
     "catastrophic_overfitting",
     "diffusion",
     "effective_lr",
+    "effective_rank",
+    "empirical_ntk",
     "gradient_instability",
     "gradient_noise",
     "input_curvature",
+    "kernel_distance",
+    "kernel_specialization",
+    "kernel_target_alignment",
     "label_agreement",
     "layer_criticality",
     "local_dispersion",
     "matched_lr",
+    "ntk_cost",
     "robust_overfitting",
+    "top_eigenvalue_mass",
 ]

@@ -1,0 +1,23 @@
+"""The empirical neural tangent kernel, its cost, and measures of kernels."""
+
+from at_extensions.analysis.ntk.cost import LayerCost, NTKCost, ntk_cost
+from at_extensions.analysis.ntk.kernel import empirical_ntk
+from at_extensions.analysis.ntk.measures import (
+    effective_rank,
+    kernel_distance,
+    kernel_specialization,
+    kernel_target_alignment,
+    top_eigenvalue_mass,
+)
+
+__all__ = [
+    "LayerCost",
+    "NTKCost",
+    "effective_rank",
+    "empirical_ntk",
+    "kernel_distance",
+    "kernel_specialization",
+    "kernel_target_alignment",
+    "ntk_cost",
+    "top_eigenvalue_mass",
+]
