@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from at_extensions.checks import check_count, check_logits, check_model, check_name, device_of, unknown_name
 from at_extensions.runs import read_recipe
-from at_extensions.untouched import attacking
+from at_extensions.untouched import attacking, random_state_kept
 from at_extensions.weights import load_weights
 
 _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
@@ -275,7 +275,7 @@ def load_model(path: str | Path) -> Normalized:
             prefixes, as ``load_weights`` takes them.
 
     Returns:
-        The model on the CPU, in eval mode.
+        The model on the CPU, in eval mode; global random state is left as it was.
 
     Raises:
         FileNotFoundError: No such file.
@@ -289,7 +289,8 @@ def load_model(path: str | Path) -> Normalized:
             f"{path} names no recipe; build the model yourself and use at_extensions.load_weights(model, path), or "
             f"evaluate it: at-extensions evaluate DIR --model NAME --weights {path}"
         )
-    model = from_recipe(recipe)
+    with random_state_kept():  # fresh weights are drawn before the file's replace them
+        model = from_recipe(recipe)
     load_weights(model, path)
     return model.eval()
 

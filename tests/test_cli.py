@@ -181,6 +181,7 @@ def test_the_examples_of_help_run_one_after_the_other(shell, example):
     half = example("train").replace("runs/digits", "runs/half").replace("--epochs 5", "--epochs 2")
     shell(f"{half} --keep-every 1 --train-size 600")
     shell(example("experiment induced-distribution"))
+    assert "ntk.json" in shell(example("analyze ntk"))
     assert example("analyze") == example("analyze criticality")
     assert example("") == example("demo")
 

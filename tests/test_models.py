@@ -348,3 +348,10 @@ def test_a_model_without_one_classifier_is_refused(untouched):
         classifier_of(nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()))
     with pytest.raises(ValueError, match=r"no single linear classifier \(Identity\)"):
         classifier_of(timm.create_model("test_efficientnet", num_classes=0))
+
+
+def test_loading_a_model_draws_from_no_global_generator(tmp_path):
+    path = runs.save_weights(create_model("small_cnn", 3, in_chans=1, width=2), tmp_path / "m.safetensors")
+    before = torch.get_rng_state()
+    models.load_model(path)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -8,12 +8,15 @@ from at_extensions.analysis.diffusion import effective_lr, gradient_noise, match
 from at_extensions.analysis.dispersion import Dispersion, local_dispersion
 from at_extensions.analysis.gradient_stability import GradientInstability, gradient_instability
 from at_extensions.analysis.ntk import (
+    KernelEvolution,
     NTKCost,
     effective_rank,
     empirical_ntk,
     kernel_distance,
+    kernel_evolution,
     kernel_specialization,
     kernel_target_alignment,
+    measure_kernels,
     ntk_cost,
     top_eigenvalue_mass,
 )
@@ -29,6 +32,7 @@ __all__ = [
     "Dispersion",
     "GradientInstability",
     "InputCurvature",
+    "KernelEvolution",
     "LabelAgreement",
     "LayerCriticality",
     "NTKCost",
@@ -42,12 +46,14 @@ __all__ = [
     "gradient_noise",
     "input_curvature",
     "kernel_distance",
+    "kernel_evolution",
     "kernel_specialization",
     "kernel_target_alignment",
     "label_agreement",
     "layer_criticality",
     "local_dispersion",
     "matched_lr",
+    "measure_kernels",
     "ntk_cost",
     "robust_overfitting",
     "top_eigenvalue_mass",

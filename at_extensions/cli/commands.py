@@ -104,6 +104,18 @@ def instability(settings: s.InstabilitySettings) -> None:
     print(f"results: {Path(settings.out) / 'instability.json'}, {Path(settings.out) / 'instability.png'}")
 
 
+def ntk(settings: s.NTKSettings) -> None:
+    """Measure the empirical neural tangent kernel of trained models, over kept epochs; write JSON, NPZ and pictures.
+
+    Of a run that was trained with --keep-every, the kernel of each kept epoch: distances, effective rank, alignment.
+    """
+    from at_extensions.commands.analyze import analyze_ntk
+
+    for name, result in analyze_ntk(settings).items():
+        print(f"{name}\n{result}\n")
+    print(f"results: {', '.join(str(path) for path in sorted(Path(settings.out).glob('*.*')))}")
+
+
 def random_labels(settings: s.RandomLabelsSettings) -> int:
     """Train on random labels by several methods, and measure what they memorise; write JSON and pictures.
 
@@ -220,6 +232,9 @@ COMMANDS = {
         "out",
         "The folder of results.",
         resumes=True,
+    ),
+    "analyze ntk": Command(
+        ntk, s.NTKSettings, "analyze ntk --model runs/half --data digits --n-examples 40 --out runs/ntk"
     ),
     "experiment random-labels": Command(
         random_labels,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from at_extensions.analysis import (
     Dispersion,
     GradientInstability,
+    KernelEvolution,
     LayerCriticality,
     gradient_instability,
+    kernel_evolution,
     layer_criticality,
     local_dispersion,
+    measure_kernels,
 )
 from at_extensions.attacks import PGD
 from at_extensions.checks import check_device
@@ -25,11 +30,17 @@ from at_extensions.models import check_fits
 from at_extensions.named_models import open_model
 from at_extensions.processes import own_device
 from at_extensions.progress import bar
-from at_extensions.publishing import write_criticality
+from at_extensions.publishing import kernel_plots, write_criticality
 from at_extensions.publishing.figures import save_png
 from at_extensions.publishing.instability_plots import instability_curves
-from at_extensions.runs import check_writable, write_json
-from at_extensions.settings import CriticalitySettings, DispersionSettings, InstabilitySettings, MeasureSettings
+from at_extensions.runs import RunDirectory, atomic, check_writable, write_json
+from at_extensions.settings import (
+    CriticalitySettings,
+    DispersionSettings,
+    InstabilitySettings,
+    MeasureSettings,
+    NTKSettings,
+)
 
 _MEASURE = ("trials", "reset", "divergence", "batch_size", "seed", "ci_width", "max_trials", "memory_limit", "progress")
 
@@ -130,6 +141,48 @@ def analyze_instability(settings: InstabilitySettings | None = None, **options: 
         )
     _write(settings, "instability", {label: result.to_dict() for label, result in results.items()})
     save_png(instability_curves(results), Path(settings.out) / "instability.png")
+    return results
+
+
+def analyze_ntk(settings: NTKSettings | None = None, **options: Any) -> dict[str, KernelEvolution]:
+    """Measure the empirical NTK of trained models on test images, over the kept epochs of runs that have some.
+
+    Writes ``ntk.json``, and for each model its kernels and spectra (``NAME.npz``) and a picture (``NAME.png``).
+
+    Args:
+        settings: The settings.
+        **options: Single settings by name (see ``NTKSettings``), such as ``model=["runs/a"], n_examples=200``.
+
+    Returns:
+        The result of each model, by its name.
+
+    Raises:
+        FileNotFoundError: No such run, checkpoint or data set.
+        OSError: The folder cannot be written.
+        TypeError, ValueError: Settings that cannot be right; a memory limit that is too small.
+    """
+    settings = NTKSettings.of(settings, options)
+    eps, results, out = settings.attack_eps, {}, Path(settings.out)
+    shared = {
+        "inputs": None if eps is None else lambda m: PGD(m, eps, eps / 4, settings.attack_steps),
+        "outputs": settings.outputs,
+        "memory_limit": settings.memory_limit,
+        "dtype": torch.float64 if settings.double else None,
+        "seed": settings.seed,
+    }
+    models = _Models(settings)
+    for model, (label, network, _, images, targets) in zip(settings.model, models, strict=True):
+        if RunDirectory(model).kept():
+            found = kernel_evolution(model, images, targets, device=models.device, progress=settings.progress, **shared)
+        else:
+            found = measure_kernels([(0, network)], images, targets, **shared)
+        results[label] = found
+        name = re.sub(r"[^\w.+-]+", "_", label).strip("_")
+        arrays = {"epochs": found.epochs, "kernels": found.kernels.numpy(), "spectra": found.spectra.numpy()}
+        with atomic(out / f"{name}.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays, labels=targets.numpy())
+        save_png(kernel_plots.kernel_evolution(found), out / f"{name}.png")
+    _write(settings, "ntk", {label: result.to_dict() for label, result in results.items()})
     return results
 
 

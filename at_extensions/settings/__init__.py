@@ -5,6 +5,7 @@ from at_extensions.settings.analysis import (
     DispersionSettings,
     InstabilitySettings,
     MeasureSettings,
+    NTKSettings,
 )
 from at_extensions.settings.evaluation import EvaluateSettings, OwnModelSettings
 from at_extensions.settings.experiments import (
@@ -43,6 +44,7 @@ __all__ = [
     "MeasureSettings",
     "MethodSettings",
     "ModelSettings",
+    "NTKSettings",
     "OptimSettings",
     "OwnModelSettings",
     "Paper",

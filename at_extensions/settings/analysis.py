@@ -74,3 +74,24 @@ class InstabilitySettings(MeasureSettings):
         None, "Step lengths, in units of the learning rate; 0.1, 0.2, 0.5, 1, 2 and 5 by default."
     )
     lr: float = option(0.1, "The learning rate.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NTKSettings(MeasureSettings):
+    """Empirical neural tangent kernel."""
+
+    out: str = option("runs/ntk", "Folder to write into.")
+    n_examples: int = option(
+        100, "Test images of the kernel, at most, as evenly over the classes as they allow.", at_least=2
+    )
+    outputs: str = option(
+        "class",
+        "class (a kernel of each logit, and their sum), trace (their sum alone) or sum (of the sum of logits).",
+        choices=("class", "trace", "sum"),
+    )
+    attack_eps: float | None = option(
+        None, "Measure on each checkpoint's PGD examples of this Linf radius instead of clean images.", norm="Linf"
+    )
+    attack_steps: int = option(10, "Steps of that attack, each of a quarter of the radius.", at_least=1)
+    memory_limit: int = option(4 * 2**30, "Bytes that may be used beside model and images.", at_least=1)
+    double: bool = option(False, "Compute in float64.")
