@@ -9,7 +9,7 @@ import torch
 from at_extensions.commands.evaluate import evaluate_run
 from at_extensions.commands.train import load_splits, train
 from at_extensions.data import Injection, carriers, inject, load_dataset
-from at_extensions.methods import list_methods
+from at_extensions.methods import list_methods, method_options
 from at_extensions.models import load_model
 from at_extensions.runs import load_tensors
 from at_extensions.settings import TrainSettings
@@ -76,8 +76,8 @@ def test_settings_that_cannot_be_right_are_named_and_leave_no_run(tmp_path, sett
 
 @pytest.mark.parametrize("method", list_methods())
 def test_deat_drives_every_method(tmp_path, method):
-    options = QUICK | {"method": method, "imbalance_ratio": 0.3, "steps": None if "fgsm" in method else 1}
-    options["steps"] = None if method == "standard" else options["steps"]
+    steps = 1 if "steps" in method_options(method) else None
+    options = QUICK | {"method": method, "imbalance_ratio": 0.3, "steps": steps}
     run = train(tmp_path / "run", optimizer="deat", optimizer_options={"k1": 0.5}, lr=0.05, **options)
     assert run.config()["training"]["optimizer_options"] == {"k1": 0.5}
     before = train(tmp_path / "other", optimizer="deat", lr=0.05, **options)
