@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -64,9 +65,10 @@ def compare(network: str, precision: str, args: argparse.Namespace) -> dict:
     for epoch in epochs.values():
         epoch()
     times: dict[str, list[float]] = {way: [] for way in WAYS}
+    clock = time.process_time if args.cpu_time else time.perf_counter
     for r in range(args.rounds):
         for way in WAYS[r % len(WAYS) :] + WAYS[: r % len(WAYS)]:
-            times[way].append(seconds(epochs[way], torch.device(args.device)))
+            times[way].append(seconds(epochs[way], args.device, clock))
     ratios = {way: [a / b for a, b in zip(t, times["plain"])] for way, t in times.items() if way != "plain"}
     return {
         "median_ms_a_step": {way: round(1e3 * statistics.median(t) / args.window, 3) for way, t in times.items()},
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--window", type=int, default=50, help="steps between two readings, and an epoch's steps")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU time, on a busy machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="results/guard_cost_DEVICE.json by default")
     args = parser.parse_args()
@@ -96,7 +99,7 @@ def main() -> None:
     device = torch.device(args.device)
     result = {
         "what": f"an epoch of {args.window} RS-FGSM steps on {args.batch_size} images of {args.image_size} x "
-        f"{args.image_size}, {args.rounds} interleaved rounds",
+        f"{args.image_size}, {args.rounds} interleaved rounds" + (", CPU time" if args.cpu_time else ""),
         "goal": f"the guard at most {GOAL} times the training without it",
         "machine": machine(device),
         "seed": args.seed,
