@@ -219,7 +219,7 @@ STUDIES = {
         scales={
             "cpu": SMALL_NET
             | {"precision": "fp32", "train_size": 1000, "val_fraction": 0.005, "val_steps": 5}
-            | {"steps": 3, "alpha": 4 / 255, "epochs": 30, "batch_size": 64, "augment": "none"},
+            | {"steps": 3, "alpha": 4 / 255, "epochs": 40, "batch_size": 64, "augment": "none"},
             "gpu": GPU_NET
             | {"model": "cifar_resnet18", "val_fraction": 0.02}
             | {"steps": 10, "alpha": 2 / 255, "epochs": 200},
@@ -317,6 +317,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("at_extensions.experiments").setLevel(logging.INFO)
     folder = f"{args.study}-{args.scale}"
+    kind, _, place = args.data.rpartition(":")
+    shown = f"{kind}:{Path(place).name}".lstrip(":")  # folders of one machine do not belong in a result
     progress = run_study(
         STUDIES[args.study],
         args.results / folder,
@@ -326,7 +328,7 @@ def main() -> int:
         seeds=args.seeds,
         local={"data": args.data},
         threads=args.threads,
-        command=f"python benchmarks/reproduce.py {args.study} --data {args.data} --scale {args.scale} "
+        command=f"python benchmarks/reproduce.py {args.study} --data {shown} --scale {args.scale} "
         "--arms {arm} --seeds {seed}",
     )
     if args.study == "random_labels":
